@@ -1,0 +1,153 @@
+"""What enters and leaves a scheduler. Plain data: a message can be recorded, sent between processes and replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from testbed.tokens import token_ids
+
+
+class Segment(NamedTuple):
+    """``count`` tokens of stream ``key`` from position ``start`` on (see ``testbed.tokens``)."""
+
+    key: int
+    start: int
+    count: int
+
+
+class Prompt:
+    """A prompt that is made when it is first looked at: its length is free, its ids cost memory only while it lives."""
+
+    __slots__ = ("segments", "length")
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        self.segments = tuple(segments)
+        self.length = sum(segment.count for segment in self.segments)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def ids(self, vocab_size: int) -> NDArray[np.int32]:
+        """The token ids, int32 [length]."""
+        parts = [token_ids(*segment, vocab_size) for segment in self.segments]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0, np.int32)
+
+
+class TokenPrompt:
+    """A prompt given as ids (from a tokenizer)."""
+
+    __slots__ = ("_ids",)
+
+    def __init__(self, ids: Sequence[int] | NDArray[np.int32]) -> None:
+        self._ids = np.asarray(ids, dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def ids(self, vocab_size: int) -> NDArray[np.int32]:
+        """The token ids, int32 [length]; ``vocab_size`` is not used."""
+        return self._ids
+
+
+@dataclass(slots=True, frozen=True)
+class GenerateRequest:
+    """Generate up to ``max_new_tokens`` after ``prompt``. The true output length is not here: the executor knows it."""
+
+    rid: str
+    prompt: Prompt | TokenPrompt
+    max_new_tokens: int | None = None
+    """None: as many as the context and the pool allow."""
+    ignore_eos: bool = True
+    priority: int | None = None
+    extra_key: str = ""
+    """Name space of the prefix cache: requests with different keys never share pages."""
+    stream: bool = True
+    return_logprob: bool = False
+
+
+@dataclass(slots=True, frozen=True)
+class BatchGenerateRequest:
+    """Several requests in one message; the same as each of them alone, in order."""
+
+    requests: tuple[GenerateRequest, ...]
+
+
+@dataclass(slots=True, frozen=True)
+class AbortRequest:
+    """Abort the request ``rid`` (exactly this id), or every request."""
+
+    rid: str = ""
+    abort_all: bool = False
+
+
+@dataclass(slots=True, frozen=True)
+class FlushCache:
+    """Empty the prefix cache; refused, without effect, unless the scheduler is fully idle."""
+
+
+@dataclass(slots=True, frozen=True)
+class GetInternalState:
+    """Ask for queue lengths, pool use and the settings in force."""
+
+
+@dataclass(slots=True, frozen=True)
+class SetInternalState:
+    """Change settings that may change while running; names outside the list are refused."""
+
+    settings: dict[str, int | float] = field(default_factory=dict)
+
+
+@dataclass(slots=True, frozen=True)
+class SlowDown:
+    """Sleep this long before every launch; 0 or less turns it off."""
+
+    forward_sleep_ns: int
+
+
+@dataclass(slots=True, frozen=True)
+class Timer:
+    """A message that a loop posts to itself."""
+
+    name: str
+
+
+Message = (
+    GenerateRequest
+    | BatchGenerateRequest
+    | AbortRequest
+    | FlushCache
+    | GetInternalState
+    | SetInternalState
+    | SlowDown
+    | Timer
+)
+
+
+@dataclass(slots=True, frozen=True)
+class RequestOutput:
+    """The end of a request, sent once."""
+
+    rid: str
+    finish_reason: str
+    """``length``, ``stop``, ``abort`` or ``error``."""
+    message: str
+    status: int
+    """200, or the HTTP status of an abort or a refusal."""
+    prompt_tokens: int
+    cached_tokens: int
+    output_ids: NDArray[np.int32]
+
+
+@dataclass(slots=True, frozen=True)
+class ControlOutput:
+    """The answer to a control message."""
+
+    request: Message
+    success: bool
+    message: str = ""
+    state: dict[str, int | float | str] = field(default_factory=dict)

@@ -1,0 +1,104 @@
+"""What a loop sees of the world. Every ``await`` in a loop is a call on one of these."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Protocol
+
+from testbed.batch import Batch, StepResult
+from testbed.messages import ControlOutput, Message, RequestOutput
+
+
+class Stage(IntEnum):
+    """Stages of one loop iteration on the host thread, in the order they happen; the names of the host spans."""
+
+    RECEIVE = 0
+    SCHEDULE = 1
+    PREPARE = 2
+    LAUNCH = 3
+    SAMPLE = 4
+    WAIT = 5
+    PROCESS = 6
+    SEND = 7
+
+
+class Inbox(Protocol):
+    """Everything that wakes a scheduler arrives here."""
+
+    async def recv(self, block: bool) -> tuple[int, list[Message]]:
+        """The loop's time (ns) and every message delivered by then; with ``block``, waits until there is one."""
+        ...
+
+    def post_at(self, when_ns: int, message: Message) -> None:
+        """Deliver ``message`` to this inbox at ``when_ns`` (a timer)."""
+        ...
+
+
+class Cpu(Protocol):
+    """The host thread: what our own work costs."""
+
+    def charge(
+        self,
+        stage: Stage,
+        rows: int = 0,
+        new_tokens: int = 0,
+        admitted: int = 0,
+        waiting: int = 0,
+        matched_tokens: int = 0,
+    ) -> None:
+        """A stage of the loop ends here. In virtual time its modelled cost is added; on the wall clock a span closes.
+
+        rows: requests in the batch; new_tokens: prefill tokens in it; admitted: requests received (RECEIVE) or newly
+        scheduled (SCHEDULE); waiting: length of the waiting queue when it was looked at, else 0; matched_tokens:
+        tokens matched in the prefix tree.
+        """
+        ...
+
+    async def sleep(self, duration_ns: int) -> None:
+        """Let time pass on the host thread."""
+        ...
+
+
+class Pending(Protocol):
+    """A launched batch."""
+
+    def sample(self, masks: object) -> None:
+        """Second phase of a launch with ``defer_sampling``: sample with these masks."""
+        ...
+
+    async def result(self) -> StepResult:
+        """Waits until the device has done the batch."""
+        ...
+
+
+class Executor(Protocol):
+    """The device: works in launch order."""
+
+    def launch(self, batch: Batch, defer_sampling: bool = False) -> Pending:
+        """Give ``batch`` to the device; returns at once."""
+        ...
+
+
+class Outbox(Protocol):
+    """Where outputs go."""
+
+    def send_tokens(self, batch: Batch, result: StepResult) -> None:
+        """The tokens of one step (one message for the whole batch)."""
+        ...
+
+    def send(self, output: RequestOutput | ControlOutput) -> None:
+        """The end of a request, or the answer to a control message."""
+        ...
+
+
+class Ports(Protocol):
+    """The five of them, as a runtime hands them to a loop."""
+
+    inbox: Inbox
+    cpu: Cpu
+    executor: Executor
+    outbox: Outbox
+
+
+__all__ = ["Cpu", "Executor", "Inbox", "Outbox", "Pending", "Ports", "Sequence", "Stage"]

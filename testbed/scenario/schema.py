@@ -1,0 +1,195 @@
+"""The scenario: what a user writes in YAML, validated once at the edge (``interface.md`` shows it whole).
+
+Field names state their unit. Unknown fields are errors. Everything but ``model`` and ``workload`` has a default.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+PluginPath = Annotated[str, Field(pattern=r"^[\w./-]+:\w+$")]
+"""``package.module:name`` or ``path/to/file.py:name``: the user's own loop, strategy, policy or cost model."""
+
+
+class Model(BaseModel):
+    """Base of every part of a scenario: frozen, unknown fields refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Rules(Model):
+    """Where engines decide differently: our default first, the engine's way second. Presets set these."""
+
+    admission: Literal["every_step", "when_batch_shrinks"] = "every_step"
+    """``when_batch_shrinks``: after a refusal nobody is admitted until the running batch has shrunk (SGLang's
+    ``batch_is_full`` latch); admission is then one decode late, and a drained batch costs an empty iteration."""
+    retract_until: Literal["next_step_fits", "20_tokens_per_request"] = "next_step_fits"
+    """How many are retracted when memory runs out (SGLang 0.5.1 retracts until 20 free tokens per survivor)."""
+    retracted_reserve: Literal["remaining", "whole"] = "remaining"
+    """What a retracted request asks for again: what is left of its output, or the whole (can block SGLang's queue)."""
+    reserve: Literal["estimate", "none"] = "estimate"
+    """Admission reserves room for expected output (``new_token_ratio``), or none as vLLM (it preempts instead)."""
+    chunk_align: Literal["page", "page_plus_one"] = "page"
+    """Length of a chunk: whole pages, or SGLang 0.5.1's ``chunk - page + 1``."""
+    over_allocated: Literal["free_at_finish", "free_at_result"] = "free_at_finish"
+    """When the slot of the overlap loop's extra step is free again: at the finish, or when its late result came."""
+    ignore_eos_admission: bool = False
+    """SGLang's own admission rule for requests that ignore EOS while the prefix cache is off (a simulated finish
+    order in place of the ratio)."""
+    prefill_budget: Literal["unchunked_only", "always"] = "unchunked_only"
+    """Whether ``max_prefill_tokens`` stops a request that chunking could cut (SGLang 0.5.1: always)."""
+
+
+class Parallel(Model):
+    """How many devices share the work: tensor, pipeline, data and expert parallel."""
+
+    tp: PositiveInt = 1
+    pp: PositiveInt = 1
+    dp: PositiveInt = 1
+    ep: PositiveInt = 1
+
+
+class EngineConfig(Model):
+    """The engine: loop, batching, policy, limits, memory."""
+
+    preset: Literal["none", "sglang-0.5.1", "vllm-v1"] = "none"
+    loop: Literal["auto", "normal", "overlap", "pipeline", "disaggregated"] | PluginPath = "auto"
+    batching: Literal["prefill_first", "mixed_chunk", "stall_free", "static"] | PluginPath = "prefill_first"
+    policy: Literal["fcfs", "lpm", "dfs_weight", "lof", "random"] | PluginPath = "fcfs"
+    priority: bool = False
+    low_priority_values_first: bool = False
+    retract_to: Literal["arrival_rank", "back"] = "arrival_rank"
+    chunked_prefill_size: PositiveInt | Literal[-1] = 8192
+    """Tokens of one prefill step (``stall_free``: of any step); -1: prompts are never cut."""
+    max_prefill_tokens: PositiveInt = 16384
+    max_running_requests: PositiveInt = 256
+    max_queued_requests: PositiveInt | None = None
+    context_length: PositiveInt | None = None
+    """None: the model's."""
+    mem_fraction_static: Annotated[float, Field(gt=0, lt=1)] = 0.88
+    kv_tokens: PositiveInt | None = None
+    """KV capacity when known from a server's log; None: from device memory, weights and ``mem_fraction_static``."""
+    prefix_cache: Literal["radix", "chunk", "none"] = "radix"
+    eviction: Literal["lru", "lfu"] = "lru"
+    page_size: Annotated[int, Field(ge=1, le=1024)] = 1
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    quantization: Literal["none", "fp8"] = "none"
+    kv_dtype: Literal["auto", "bfloat16", "float16", "float32", "fp8"] = "auto"
+    cuda_graph: bool = True
+    cuda_graph_max_bs: PositiveInt | None = None
+    """None: as SGLang (160, 256 above 90 GB of device memory)."""
+    parallel: Parallel = Parallel()
+    schedule_conservativeness: NonNegativeFloat = 1.0
+    init_new_token_ratio: Annotated[float, Field(gt=0, le=1)] = 0.7
+    min_new_token_ratio_factor: Annotated[float, Field(ge=0, le=1)] = 0.14
+    new_token_ratio_decay_steps: PositiveInt = 600
+    clip_max_new_tokens: PositiveInt = 4096
+    in_batch_check_threshold: Annotated[int, Field(ge=-1)] = 32
+    in_batch_deprioritize_threshold: PositiveInt = 32
+    rules: Rules = Rules()
+
+
+class ConstantDevice(Model):
+    """A device of constant step times, for cases that queueing theory can check."""
+
+    prefill_ns: NonNegativeInt = 0
+    decode_ns: NonNegativeInt = 0
+    prefill_token_ns: NonNegativeFloat = 0.0
+    decode_row_ns: NonNegativeFloat = 0.0
+
+
+class DeviceConstant(Model):
+    """``device: {constant: {prefill_ns: ..., decode_ns: ...}}``."""
+
+    constant: ConstantDevice
+
+
+class ConstantHost(Model):
+    """A host that costs the same in every iteration (charged to the SCHEDULE stage)."""
+
+    iteration_ns: NonNegativeInt
+
+
+class HostConstant(Model):
+    """``host: {constant: {iteration_ns: ...}}``."""
+
+    constant: ConstantHost
+
+
+class Trace(Model):
+    """Requests from a file; the format is told from its content. ``trace`` is a path, or a name under TESTBED_DATA."""
+
+    trace: str
+    format: str = "auto"
+    limit: PositiveInt | None = None
+    start_s: NonNegativeFloat = 0.0
+    """Skip what arrived before."""
+    duration_s: PositiveFloat | None = None
+    too_long: Literal["reject", "truncate", "drop"] = "reject"
+    """A prompt longer than the context: refuse to start, cut it, or leave it out; how many is reported."""
+    jitter_s: NonNegativeFloat = 0.0
+    """Spread arrivals that share a time stamp uniformly over this span (Mooncake's are quantised to 3 s)."""
+
+
+class WorkloadConfig(Model):
+    """Requests over time: a trace, or ``lengths`` with ``arrivals``. The ``workload`` room documents the kinds."""
+
+    requests: Trace | None = None
+    arrivals: dict[str, Any] | None = None
+    lengths: dict[str, Any] | None = None
+    prefix: dict[str, Any] | None = None
+    sessions: dict[str, Any] | None = None
+    count: PositiveInt | None = None
+    duration_s: PositiveFloat | None = None
+    rate_scale: PositiveFloat = 1.0
+    max_new_tokens: Literal["output"] | PositiveInt | dict[Literal["ratio"], PositiveFloat] = "output"
+    """What the scheduler is told: the true output length, one number for all, or a multiple of the true length."""
+    ignore_eos: bool | None = None
+    """None: true when ``max_new_tokens`` is ``output``."""
+
+
+class Measure(Model):
+    """The window that aggregates are taken over."""
+
+    skip_s: NonNegativeFloat = 0.0
+    until: Literal["drained", "last_arrival"] | dict[Literal["seconds"], PositiveFloat] = "drained"
+
+
+Quantile = Annotated[str, Field(pattern=r"^(mean|p\d{1,2}(\.\d+)?)$")]
+
+
+class Slo(Model):
+    """Latency limits, in ms, by statistic: ``ttft_ms: {p99: 1000}``. A request is good when it meets every limit."""
+
+    ttft_ms: dict[Quantile, PositiveFloat] | None = None
+    tpot_ms: dict[Quantile, PositiveFloat] | None = None
+    itl_ms: dict[Quantile, PositiveFloat] | None = None
+    e2el_ms: dict[Quantile, PositiveFloat] | None = None
+
+
+class Scenario(Model):
+    """One experiment: model, device, host, engine, workload, what is measured."""
+
+    name: str = "scenario"
+    model: str
+    device: str | DeviceConstant = "h100-sxm"
+    host: str | HostConstant = "testbed"
+    cost_model: PluginPath | None = None
+    """None: the operator cost model of the device profile."""
+    engine: EngineConfig = EngineConfig()
+    workload: WorkloadConfig
+    measure: Measure = Measure()
+    slo: Slo = Slo()
+    percentiles: tuple[Annotated[float, Field(gt=0, lt=100)], ...] = (50, 90, 95, 99)
+    tokens: Literal["model", "oracle"] = "model"
+    host_inject: str | None = None
+    seed: int = 0
+    compare: dict[str, dict[str, Any]] | None = None
+    """Variants by name: field paths and their values, e.g. ``{normal: {engine.loop: normal}}``."""
