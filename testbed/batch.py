@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from testbed.request import Request
+from testbed.request import Request
 
 
 class ForwardMode(IntEnum):
@@ -46,3 +45,79 @@ class StepCost(NamedTuple):
     gpu_ns: int
     kernels: int
     graph: bool
+
+
+class Prefill(NamedTuple):
+    """One request's part of a prefill: ``new_tokens`` of its ``fill_ids`` from ``prefix_tokens`` on."""
+
+    request: Request
+    prefix_tokens: int
+    new_tokens: int
+    last: bool
+    """Whether this completes the prompt, so that a token is sampled."""
+
+
+class Batch:
+    """A launched step: a snapshot that later decisions cannot change.
+
+    Rows are the prefills, then the decodes. ``slots`` and ``start`` are columns of the running batch at launch (replaced
+    there, never written to): decode row i computes the token at position ``start[i] + advance - 1``, the last of
+    ``start[i] + advance`` tokens of KV.
+    """
+
+    __slots__ = (
+        "advance",
+        "decodes",
+        "evicted_tokens",
+        "extra_rows",
+        "finish_at",
+        "index",
+        "mode",
+        "output_base",
+        "pages",
+        "prefills",
+        "retracted",
+        "shape",
+        "slots",
+        "start",
+    )
+
+    def __init__(self, mode: ForwardMode, prefills: list[Prefill]) -> None:
+        self.mode = mode
+        self.prefills = prefills
+        self.decodes: list[Request] = []
+        self.slots: NDArray[np.int64] = NO_ROWS
+        self.start: NDArray[np.int64] = NO_ROWS
+        self.finish_at: NDArray[np.int64] = NO_ROWS
+        self.output_base: NDArray[np.int64] = NO_ROWS
+        self.advance = 0
+        self.pages: list[NDArray[np.int32]] = []
+        self.retracted: list[Request] = []
+        self.evicted_tokens = 0
+        self.extra_rows = 0
+        self.index = -1
+        self.shape = BatchShape()
+
+    @property
+    def rows(self) -> int:
+        """Requests in the batch."""
+        return len(self.prefills) + len(self.decodes)
+
+    @property
+    def seq_lens(self) -> NDArray[np.int64]:
+        """KV length of each decode row after this step: int64 [decodes]."""
+        return self.start + self.advance
+
+
+NO_ROWS = np.empty(0, np.int64)
+
+
+class StepResult(NamedTuple):
+    """What the device returns for a batch.
+
+    ``token_ids``: int32 [rows], one for each row (a prefill that is not the last chunk has a meaningless one).
+    ``stopped``: rows whose token ended the request early (an EOS or stop token); almost always empty.
+    """
+
+    token_ids: NDArray[np.int32]
+    stopped: tuple[int, ...] = ()

@@ -1,0 +1,42 @@
+"""Request slots: one row of the page table and of the output table for each request that holds KV."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class RequestSlots:
+    """``count`` slots. ``pages[slot, i]`` is the page of tokens ``i * page_size ..`` of the request in ``slot``;
+    ``outputs[slot, j]`` its j-th output token since it last entered the running batch.
+
+    Both tables (int32) are flat views too (``pages_flat``), because a decode step writes one element a row. Memory is
+    reserved, not touched: a slot costs only what its longest request used, and slots are reused last-in first-out.
+    """
+
+    def __init__(self, count: int, context_tokens: int, page_size: int) -> None:
+        self.count = count
+        self.page_stride = -(-context_tokens // page_size) + 1
+        self.output_stride = context_tokens + 1
+        self.pages_flat: NDArray[np.int32] = np.empty(count * self.page_stride, dtype=np.int32)
+        self.outputs_flat: NDArray[np.int32] = np.empty(count * self.output_stride, dtype=np.int32)
+        self.pages = self.pages_flat.reshape(count, self.page_stride)
+        self.outputs = self.outputs_flat.reshape(count, self.output_stride)
+        self._free = list(range(count - 1, -1, -1))
+
+    @property
+    def available(self) -> int:
+        """Free slots."""
+        return len(self._free)
+
+    def alloc(self) -> int:
+        """Take a slot. Raises IndexError when none is free (admission tests ``available`` first)."""
+        return self._free.pop()
+
+    def free(self, slot: int) -> None:
+        """Return a slot."""
+        self._free.append(slot)
+
+    def free_list(self) -> list[int]:
+        """The free slots, for checks."""
+        return self._free
