@@ -7,21 +7,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+from testbed.scenario.base import Model, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from testbed.scenario.workload import WorkloadConfig
 
 PluginPath = Annotated[str, Field(pattern=r"^[\w./-]+:\w+$")]
 """``package.module:name`` or ``path/to/file.py:name``: the user's own loop, strategy, policy or cost model."""
-
-
-class Model(BaseModel):
-    """Base of every part of a scenario: frozen, unknown fields refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Rules(Model):
@@ -45,6 +37,12 @@ class Rules(Model):
     order in place of the ratio)."""
     prefill_budget: Literal["unchunked_only", "always"] = "unchunked_only"
     """Whether ``max_prefill_tokens`` stops a request that chunking could cut (SGLang 0.5.1: always)."""
+    retract_victim: Literal["fewest_outputs", "newest"] = "fewest_outputs"
+    """Who is retracted first: the request with the least output to recompute (SGLang), or the last to come (vLLM)."""
+    evict_amount: Literal["shortfall", "whole_need"] = "shortfall"
+    """How much is evicted when free tokens do not suffice: what is missing, or the whole need (SGLang 0.5.1)."""
+    can_stall: bool = False
+    """Whether a request that no longer fits beside nobody may block the queue for ever (SGLang 0.5.1 can)."""
 
 
 class Parallel(Model):
@@ -121,38 +119,6 @@ class HostConstant(Model):
     """``host: {constant: {iteration_ns: ...}}``."""
 
     constant: ConstantHost
-
-
-class Trace(Model):
-    """Requests from a file; the format is told from its content. ``trace`` is a path, or a name under TESTBED_DATA."""
-
-    trace: str
-    format: str = "auto"
-    limit: PositiveInt | None = None
-    start_s: NonNegativeFloat = 0.0
-    """Skip what arrived before."""
-    duration_s: PositiveFloat | None = None
-    too_long: Literal["reject", "truncate", "drop"] = "reject"
-    """A prompt longer than the context: refuse to start, cut it, or leave it out; how many is reported."""
-    jitter_s: NonNegativeFloat = 0.0
-    """Spread arrivals that share a time stamp uniformly over this span (Mooncake's are quantised to 3 s)."""
-
-
-class WorkloadConfig(Model):
-    """Requests over time: a trace, or ``lengths`` with ``arrivals``. The ``workload`` room documents the kinds."""
-
-    requests: Trace | None = None
-    arrivals: dict[str, Any] | None = None
-    lengths: dict[str, Any] | None = None
-    prefix: dict[str, Any] | None = None
-    sessions: dict[str, Any] | None = None
-    count: PositiveInt | None = None
-    duration_s: PositiveFloat | None = None
-    rate_scale: PositiveFloat = 1.0
-    max_new_tokens: Literal["output"] | PositiveInt | dict[Literal["ratio"], PositiveFloat] = "output"
-    """What the scheduler is told: the true output length, one number for all, or a multiple of the true length."""
-    ignore_eos: bool | None = None
-    """None: true when ``max_new_tokens`` is ``output``."""
 
 
 class Measure(Model):
