@@ -12,7 +12,7 @@ from pydantic import Field
 from testbed.scenario.base import Model, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from testbed.scenario.workload import WorkloadConfig
 
-PluginPath = Annotated[str, Field(pattern=r"^[\w./-]+:\w+$")]
+PluginPath = Annotated[str, Field(pattern=r"^[\w./-]+:\w+$", description="package.module:name | path/to/file.py:name")]
 """``package.module:name`` or ``path/to/file.py:name``: the user's own loop, strategy, policy or cost model."""
 
 
@@ -128,7 +128,7 @@ class Measure(Model):
     until: Literal["drained", "last_arrival"] | dict[Literal["seconds"], PositiveFloat] = "drained"
 
 
-Quantile = Annotated[str, Field(pattern=r"^(mean|p\d{1,2}(\.\d+)?)$")]
+Quantile = Annotated[str, Field(pattern=r"^(mean|p\d{1,2}(\.\d+)?)$", description="mean | p50 | p99 | p99.9")]
 
 
 class Slo(Model):
@@ -143,7 +143,7 @@ class Slo(Model):
 class Scenario(Model):
     """One experiment: model, device, host, engine, workload, what is measured."""
 
-    name: str = "scenario"
+    name: Annotated[str, Field(min_length=1)] = "scenario"
     model: str
     device: str | DeviceConstant = "h100-sxm"
     host: str | HostConstant = "testbed"
@@ -156,6 +156,6 @@ class Scenario(Model):
     percentiles: tuple[Annotated[float, Field(gt=0, lt=100)], ...] = (50, 90, 95, 99)
     tokens: Literal["model", "oracle"] = "model"
     host_inject: str | None = None
-    seed: int = 0
+    seed: NonNegativeInt = 0
     compare: dict[str, dict[str, Any]] | None = None
     """Variants by name: field paths and their values, e.g. ``{normal: {engine.loop: normal}}``."""
