@@ -100,7 +100,7 @@ def lognormal_parameters(law: Lognormal) -> tuple[float, float]:
 
 def truncated(inner: Quantiles, below: float, above: float, u: Floats) -> Floats:
     """``inner`` without the probability ``below`` in its left and ``above`` in its right tail."""
-    return inner(below + u * (1 - below - above))
+    return inner(np.minimum(below + u * (1 - below - above), 1 - 2.0**-53))
 
 
 def table(probabilities: Floats, quantiles: Floats, u: Floats) -> Floats:
