@@ -67,12 +67,14 @@ class Batch:
 
     __slots__ = (
         "advance",
+        "decided",
         "decodes",
         "evicted_tokens",
         "extra_rows",
         "finish_at",
         "index",
         "mode",
+        "new_token_ratio",
         "output_base",
         "pages",
         "prefills",
@@ -96,6 +98,9 @@ class Batch:
         self.evicted_tokens = 0
         self.extra_rows = 0
         self.index = -1
+        self.decided: tuple[int, ...] = ()
+        """The scheduler's state at the decision, for the step record: see ``Scheduler._launch``."""
+        self.new_token_ratio = 0.0
         self.shape = BatchShape()
 
     @property
@@ -116,8 +121,13 @@ class StepResult(NamedTuple):
     """What the device returns for a batch.
 
     ``token_ids``: int32 [rows], one for each row (a prefill that is not the last chunk has a meaningless one).
-    ``stopped``: rows whose token ended the request early (an EOS or stop token); almost always empty.
+    ``stopped``: rows whose token ended the request early (an EOS or stop token); almost always empty. The rest is when:
+    host time of the launch, device start and end (ns), and whether it was one CUDA graph.
     """
 
     token_ids: NDArray[np.int32]
     stopped: tuple[int, ...] = ()
+    launch_ns: int = 0
+    start_ns: int = 0
+    end_ns: int = 0
+    graph: bool = False

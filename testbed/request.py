@@ -37,13 +37,11 @@ class Request:
     """
 
     __slots__ = (
-        "abort_message",
         "arrival_ns",
         "cached_tokens",
         "extra_key",
         "fill_ids",
         "finish_reason",
-        "finished_ns",
         "first_scheduled_ns",
         "first_token_ns",
         "ignore_eos",
@@ -55,6 +53,7 @@ class Request:
         "max_new_tokens",
         "message",
         "old_outputs",
+        "output_ids",
         "pending_prefills",
         "prefix_pages",
         "prefix_tokens",
@@ -109,14 +108,13 @@ class Request:
         self.finish_reason: FinishReason | None = None
         self.message = ""
         self.status = 200
-        self.abort_message: str | None = None
-        """Set when an abort arrived while it runs; takes effect with its next result."""
+        self.output_ids = NO_TOKENS
+        """Every output token, once it has ended."""
 
         self.arrival_ns = NEVER
         self.queued_ns = NEVER
         self.first_scheduled_ns = NEVER
         self.first_token_ns = NEVER
-        self.finished_ns = NEVER
         self.retracted_at_ns = NEVER
         self.retracted_ns = 0
         self.retracted_before_first_ns = 0

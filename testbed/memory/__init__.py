@@ -6,7 +6,8 @@ real in simulation and on a GPU alike: integers here, indices into the KV buffer
 
 from testbed.memory.allocator import OutOfPages, PageAllocator
 from testbed.memory.chunk_cache import ChunkCache
+from testbed.memory.kv import KvMemory
 from testbed.memory.radix_cache import Match, Node, RadixCache
 from testbed.memory.slots import RequestSlots
 
-__all__ = ["ChunkCache", "Match", "Node", "OutOfPages", "PageAllocator", "RadixCache", "RequestSlots"]
+__all__ = ["ChunkCache", "KvMemory", "Match", "Node", "OutOfPages", "PageAllocator", "RadixCache", "RequestSlots"]

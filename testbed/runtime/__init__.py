@@ -1,1 +1,1 @@
-
+"""What time is: virtual (SimPy), the wall clock, or a recording."""

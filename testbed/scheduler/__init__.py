@@ -1,1 +1,1 @@
-
+"""What decides: queues, policies, admission, batching strategies, retraction, results, the decision log."""

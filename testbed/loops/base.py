@@ -1,0 +1,72 @@
+"""What every event loop is made of: SGLang's steps, with the cost of each charged to the host thread."""
+
+from __future__ import annotations
+
+from testbed.batch import Batch
+from testbed.ports import Cpu, Executor, Inbox, Outbox, Pending, Ports, Stage
+from testbed.request import Request
+from testbed.scheduler.scheduler import Scheduler
+
+
+class LoopContext:
+    """A scheduler and the ports it is driven through. A loop is a coroutine function that takes one of these."""
+
+    def __init__(self, scheduler: Scheduler, ports: Ports) -> None:
+        self.scheduler = scheduler
+        self.inbox: Inbox = ports.inbox
+        self.cpu: Cpu = ports.cpu
+        self.executor: Executor = ports.executor
+        self.outbox: Outbox = ports.outbox
+        self.now_ns = 0
+        """The stamp of this iteration: the only time that decisions may use."""
+
+    async def recv_requests(self, block: bool) -> None:
+        """Take in every message that has arrived; with ``block``, wait for one."""
+        self.now_ns, messages = await self.inbox.recv(block)
+        self.cpu.charge(Stage.RECEIVE, admitted=len(messages))
+        for message in messages:
+            for output in self.scheduler.handle_message(self.now_ns, message):
+                self.outbox.send(output)
+
+    def get_next_batch_to_run(self) -> Batch | None:
+        """The scheduler's decision."""
+        scheduler = self.scheduler
+        batch = scheduler.get_next_batch_to_run(self.now_ns)
+        rows = len(scheduler.running)
+        if batch is None:
+            self.cpu.charge(Stage.SCHEDULE, rows, waiting=scheduler.scanned)
+        else:
+            new_tokens = sum(batch.shape.new_tokens)
+            matched = scheduler.matched_tokens + scheduler.matched_in_policy
+            self.cpu.charge(Stage.SCHEDULE, rows, new_tokens, scheduler.admitted, scheduler.scanned, matched)
+            self.cpu.charge(Stage.PREPARE, batch.rows, new_tokens)
+        if scheduler.failed:
+            self._send_ends(scheduler.failed)
+            scheduler.failed = []
+        return batch
+
+    async def run_batch(self, batch: Batch) -> Pending:
+        """Launch; returns without waiting for the device."""
+        if self.scheduler.forward_sleep_ns:
+            await self.cpu.sleep(self.scheduler.forward_sleep_ns)
+        return self.executor.launch(batch)
+
+    async def process_batch_result(self, batch: Batch, pending: Pending) -> None:
+        """Wait for the result, apply it, send the tokens and the ends."""
+        result = await pending.result()
+        ended = self.scheduler.process_batch_result(batch, result)
+        self.cpu.charge(Stage.PROCESS, batch.rows)
+        sent_ns = self.outbox.send_tokens(batch, result)
+        self.scheduler.outputs_sent(batch, result, ended, sent_ns)
+        for request in ended:
+            self.outbox.send(self.scheduler.output_of(request))
+
+    def self_check_during_idle(self) -> None:
+        """An iteration that found nothing to do."""
+        self.scheduler.recorder.count("idle_iterations")
+        self.scheduler.on_idle()
+
+    def _send_ends(self, requests: list[Request]) -> None:
+        for request in requests:
+            self.scheduler.recorder.ended(request, len(request.output_ids), self.now_ns)
+            self.outbox.send(self.scheduler.output_of(request))

@@ -1,0 +1,121 @@
+"""The decision log: what was decided, step by step, in a form that two runs can compare byte by byte.
+
+Format (version 1; all little-endian; ``docs/decision_log.md`` documents the fields)::
+
+    file   := b"TBDL" u16 version, step*
+    step   := u8 mode, u8 flags, u16 prefills, u16 decodes, u16 retracted, u32 pages, u32 evicted_tokens,
+              prefills x (u32 request, u32 prefix_tokens, u32 new_tokens),
+              [decodes x u32 request, unless flags & SAME_ROWS], retracted x u32 request, pages x i32 page
+
+A request is its rank: the order in which the scheduler received it. SAME_ROWS: the decode rows are those of the last
+step that had decodes. Pages are those newly allocated, in row order. Times are not decisions and are not here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from struct import Struct
+
+import numpy as np
+
+from testbed.batch import Batch, ForwardMode
+from testbed.request import Request
+
+VERSION = 1
+HEADER = b"TBDL" + VERSION.to_bytes(2, "little")
+SAME_ROWS = 1
+_STEP = Struct("<BBHHHII")
+
+
+class DecisionLog:
+    """Collects the log of one scheduler."""
+
+    def __init__(self) -> None:
+        self._data = bytearray(HEADER)
+        self._rows: list[Request] | None = None
+
+    def append(self, batch: Batch) -> None:
+        """Log a batch at its launch."""
+        data = self._data
+        decodes = batch.decodes
+        same = decodes is self._rows  # the running batch replaces its list when rows change
+        pages = batch.pages
+        count = len(pages[0]) if len(pages) == 1 else sum(map(len, pages))
+        flags = SAME_ROWS if same else 0
+        data += _STEP.pack(
+            batch.mode, flags, len(batch.prefills), len(decodes), len(batch.retracted), count, batch.evicted_tokens
+        )
+        if batch.prefills:
+            parts = [(p.request.rank, p.prefix_tokens, p.new_tokens) for p in batch.prefills]
+            data += np.array(parts, dtype="<u4").tobytes()
+        if decodes and not same:
+            data += np.array([request.rank for request in decodes], dtype="<u4").tobytes()
+            self._rows = decodes
+        if batch.retracted:
+            data += np.array([request.rank for request in batch.retracted], dtype="<u4").tobytes()
+        for part in pages:
+            data += part.tobytes()
+
+    def bytes(self) -> bytes:
+        """The log so far."""
+        return bytes(self._data)
+
+
+def digest(log: bytes) -> str:
+    """SHA-256 of a log, in hex."""
+    return hashlib.sha256(log).hexdigest()
+
+
+@dataclass(slots=True, frozen=True)
+class Decision:
+    """One decoded step of a log."""
+
+    mode: ForwardMode
+    prefills: list[tuple[int, int, int]]
+    decodes: list[int]
+    retracted: list[int]
+    pages: list[int]
+    evicted_tokens: int
+
+
+def read_decisions(log: bytes) -> Iterator[Decision]:
+    """Decode a log. Raises ValueError at a wrong header, an unknown version or a cut-off record."""
+    if log[:4] != HEADER[:4]:
+        raise ValueError("not a decision log (it does not begin with TBDL)")
+    if (version := int.from_bytes(log[4:6], "little")) != VERSION:
+        raise ValueError(f"decision log version {version}; this program reads version {VERSION}")
+    at, rows = len(HEADER), []
+
+    def take(count: int) -> list[int]:
+        nonlocal at
+        at += 4 * count
+        if at > len(log):
+            raise ValueError(f"decision log is cut off at byte {len(log)}")
+        return list(np.frombuffer(log, "<i4", count, at - 4 * count).tolist())
+
+    while at < len(log):
+        if at + _STEP.size > len(log):
+            raise ValueError(f"decision log is cut off at byte {len(log)}")
+        mode, flags, prefills, decodes, retracted, pages, evicted = _STEP.unpack_from(log, at)
+        at += _STEP.size
+        parts = take(3 * prefills)
+        if decodes and not flags & SAME_ROWS:
+            rows = take(decodes)
+        victims = take(retracted)
+        triples = [(parts[i], parts[i + 1], parts[i + 2]) for i in range(0, len(parts), 3)]
+        yield Decision(ForwardMode(mode), triples, rows if decodes else [], victims, take(pages), evicted)
+
+
+def first_difference(one: bytes, other: bytes) -> tuple[int, Decision | None, Decision | None] | None:
+    """The first step in which two logs differ, with both decisions (None where a log has ended); None when equal."""
+    a, b = read_decisions(one), read_decisions(other)
+    step = 0
+    while True:
+        left, right = next(a, None), next(b, None)
+        if left is None and right is None:
+            return None
+        if left != right:
+            return step, left, right
+        step += 1

@@ -1,0 +1,174 @@
+"""What must be true after every step (``test_menu`` 3.1). Each check has a stable id and counts its evaluations.
+
+The *delta* check compares totals and costs half a microsecond; the *full* one compares exact sets of pages, locks and
+rows. Full: when idle, every ``FULL_EVERY`` steps, and at every step on request (small pools in tests).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from testbed.batch import Batch, ForwardMode
+from testbed.memory import Node
+from testbed.request import NEVER, Request
+
+if TYPE_CHECKING:
+    from testbed.scheduler.scheduler import Scheduler
+
+FULL_EVERY = 1000
+
+
+class InvariantError(AssertionError):
+    """Something that must always hold does not: a defect of the program, never of its input."""
+
+    def __init__(self, check: str, message: str) -> None:
+        super().__init__(f"[{check}] {message}")
+        self.check = check
+
+
+class Invariants:
+    """The checks of one scheduler."""
+
+    def __init__(self, scheduler: Scheduler, every_step: bool) -> None:
+        self._scheduler = scheduler
+        self._every_step = every_step
+        self._ended: set[int] = set()
+        self.evaluations = {"pages": 0, "full": 0, "batch": 0, "ended_once": 0, "idle": 0}
+
+    def _require(self, truth: bool, check: str, message: str) -> None:
+        if not truth:
+            raise InvariantError(check, f"step {self._scheduler.steps}: {message}")
+
+    # -- when -----------------------------------------------------------------------------------------------------
+
+    def after_decision(self, batch: Batch) -> None:
+        """Every launch: totals, and the batch's own limits."""
+        self.pages()
+        if batch.prefills or self._every_step:
+            self.batch(batch)
+        if self._every_step or batch.index % FULL_EVERY == 0:
+            self.full()
+
+    def after_result(self, batch: Batch) -> None:
+        """Every processed result: totals."""
+        self.pages()
+        if self._every_step:
+            self.full()
+
+    def when_idle(self) -> None:
+        """Nothing to do: everything; and if nothing is left at all, everything is free or cached."""
+        scheduler = self._scheduler
+        self.full()
+        self.evaluations["idle"] += 1
+        if scheduler.idle:
+            memory = scheduler.memory
+            self._require(memory.owned_pages == 0, "idle", f"{memory.owned_pages} pages owned by nobody")
+            self._require(memory.cache.protected_tokens == 0, "idle", "a tree node is locked by nobody")
+            self._require(memory.slots.available == memory.slots.count, "idle", "a request slot is held by nobody")
+
+    def ended(self, request: Request) -> None:
+        """Every request ends once."""
+        self.evaluations["ended_once"] += 1
+        self._require(request.rank not in self._ended, "ended_once", f"request {request.rid} ended twice")
+        self._ended.add(request.rank)
+
+    # -- what -----------------------------------------------------------------------------------------------------
+
+    def pages(self) -> None:
+        """free + quarantined + cached + owned = capacity (3.1 row 1, as totals)."""
+        self.evaluations["pages"] += 1
+        memory = self._scheduler.memory
+        allocator, cache = memory.allocator, memory.cache
+        cached = (cache.evictable_tokens + cache.protected_tokens) // memory.page_size
+        total = allocator.free_pages + allocator.quarantined_pages + cached + memory.owned_pages
+        if total != allocator.num_pages:
+            raise InvariantError(
+                "pages",
+                f"step {self._scheduler.steps}: free {allocator.free_pages} + quarantined "
+                f"{allocator.quarantined_pages} + cached {cached} + owned {memory.owned_pages} = {total}, "
+                f"not the capacity of {allocator.num_pages}",
+            )
+
+    def batch(self, batch: Batch) -> None:
+        """A batch keeps the limits and has every request once, none of them waiting (3.1 rows 20, 22)."""
+        self.evaluations["batch"] += 1
+        scheduler = self._scheduler
+        members = [prefill.request for prefill in batch.prefills] + list(batch.decodes)
+        ranks = {request.rank for request in members}
+        self._require(bool(members), "batch", "empty batch")
+        self._require(len(ranks) == len(members), "batch", "a request is in the batch twice")
+        self._require(ranks.isdisjoint(r.rank for r in scheduler.waiting), "batch", "a member is also waiting")
+        rows = len(scheduler.running.requests) + sum(1 for p in batch.prefills if not p.request.in_running)
+        limit = max(scheduler.config.max_running_requests, len(scheduler.running.requests))
+        chunked = any(p.request is scheduler.chunked for p in batch.prefills) or scheduler.rules.can_stall
+        self._require(rows <= limit + chunked, "batch", f"{rows} requests run, the limit is {limit}")
+        for request, prefix, new, last in batch.prefills:
+            self._require(new > 0, "batch", f"{request.rid} prefills {new} tokens")
+            self._require(request.kv_tokens == prefix + new, "batch", f"{request.rid}: gap between chunks")
+            self._require(last == (prefix + new == len(request.fill_ids)), "batch", f"{request.rid}: wrong last chunk")
+        mixed = bool(batch.prefills) and bool(batch.decodes)
+        expected = ForwardMode.MIXED if mixed else ForwardMode.EXTEND if batch.prefills else ForwardMode.DECODE
+        self._require(batch.mode is expected, "batch", f"mode {batch.mode.name}, contents {expected.name}")
+
+    def full(self) -> None:
+        """Exact sets: every page has one owner; rows, locks and counters equal their recounts (3.1 rows 1-6, 11-17)."""
+        self.evaluations["full"] += 1
+        self.pages()
+        scheduler = self._scheduler
+        holders = [request for request in scheduler.requests.values() if request.slot != NEVER]
+        self._page_owners(holders)
+        self._locks(holders)
+        running = scheduler.running
+        live = [request for request in running.requests if request.finish_reason is None]
+        self._require(running.finished_rows == len(running.requests) - len(live), "full", "finished rows miscounted")
+        for row, request in enumerate(running.requests):
+            if request.finish_reason is None:
+                held = int(running.start[row]) + running.advance
+                self._require(held == scheduler.allocated_tokens(request), "full", f"{request.rid}: KV length differs")
+                self._require(int(running.slots[row]) == request.slot, "full", f"{request.rid}: slot differs")
+        waiting = {request.rank for request in scheduler.waiting}
+        self._require(len(waiting) == len(scheduler.waiting), "full", "a request waits twice")
+        everybody = sorted(r.rank for r in holders) + sorted(waiting)
+        self._require(sorted(everybody) == sorted(r.rank for r in scheduler.requests.values()), "full", "request lost")
+        self._require(all(r.slot == NEVER for r in scheduler.waiting), "full", "a waiting request holds a slot")
+
+    def _page_owners(self, holders: list[Request]) -> None:
+        scheduler = self._scheduler
+        memory = scheduler.memory
+        p = memory.page_size
+        owned = [
+            memory.slots.pages[r.slot, r.prefix_tokens // p : -(-scheduler.allocated_tokens(r) // p)] for r in holders
+        ]
+        nodes = list(memory.cache.nodes())
+        parts = [memory.allocator.free_list(), memory.allocator.quarantine_list(), *owned, *(n.pages for n in nodes)]
+        pages = np.sort(np.concatenate(parts))
+        whole = len(pages) == memory.allocator.num_pages and bool((pages == np.arange(1, len(pages) + 1)).all())
+        self._require(whole, "full", "the pages are not partitioned among free, cached, owned and quarantined")
+        self._require(sum(map(len, owned)) == memory.owned_pages, "full", "owned pages miscounted")
+        slots = sorted([*memory.slots.free_list(), *(request.slot for request in holders)])
+        self._require(slots == list(range(memory.slots.count)), "full", "a slot is free and held, or neither")
+
+    def _locks(self, holders: list[Request]) -> None:
+        """A node's lock count is the number of holders whose path passes through it; sizes equal their recount."""
+        cache = self._scheduler.memory.cache
+        expected: dict[Node, int] = {}
+        for request in holders:
+            node, depth = request.last_node, 0
+            while isinstance(node, Node) and node.parent is not None:
+                expected[node] = expected.get(node, 0) + 1
+                depth += len(node.tokens)
+                node = node.parent
+            if not cache.disabled:
+                self._require(depth == request.prefix_tokens, "full", f"{request.rid}: prefix is not its locked path")
+        evictable = protected = 0
+        for node in cache.nodes():
+            self._require(node.locks == expected.get(node, 0), "full", "lock count differs from the requests' paths")
+            self._require(len(node.tokens) == len(node.pages) * cache.page_size, "full", "node key and pages differ")
+            if node.locks:
+                protected += len(node.tokens)
+            else:
+                evictable += len(node.tokens)
+        self._require(evictable == cache.evictable_tokens, "full", "evictable tokens miscounted")
+        self._require(protected == cache.protected_tokens, "full", "protected tokens miscounted")

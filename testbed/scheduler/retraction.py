@@ -1,0 +1,111 @@
+"""When a decode step does not fit: which running requests give their KV back and wait again (specification B.8)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from testbed.batch import Batch
+from testbed.request import Request
+
+if TYPE_CHECKING:
+    from testbed.scheduler.scheduler import Scheduler
+
+RETRACT_DECODE_STEPS = 20
+"""SGLang keeps 20 tokens free for each survivor, and counts 20 future tokens in the new ratio."""
+
+
+def retract_decode(scheduler: Scheduler, batch: Batch) -> None:
+    """Retract until the next step fits. ``batch.retracted`` gets the victims, in order; they wait again, their outputs
+    kept as part of what is to be prefilled. The ratio becomes what the survivors have generated so far suggests."""
+    running, rules = scheduler.running, scheduler.rules
+    rows = _order(scheduler)
+    opening = np.zeros(len(running), dtype=np.int64)
+    opening[:] = 1 if scheduler.config.page_size == 1 else 0
+    if scheduler.config.page_size > 1:
+        opening[running.rows_opening_a_page()] = scheduler.config.page_size
+    requests = running.requests
+
+    def wanted() -> int:
+        if rules.retract_until == "20_tokens_per_request":
+            return RETRACT_DECODE_STEPS * len(rows)
+        return int(opening[rows].sum())
+
+    victims: list[Request] = []
+    while rows and (not victims or scheduler.memory.allocator.available_tokens < wanted()):
+        if len(rows) == 1 and (scheduler.chunked is None or rules.can_stall):
+            break
+        request = requests[rows.pop()]
+        _retract(scheduler, request)
+        victims.append(request)
+        batch.evicted_tokens += scheduler.memory.make_room(wanted())
+    alone = len(rows) == 1 and scheduler.memory.allocator.available_tokens < int(opening[rows].sum())
+    running.keep(rows)
+    if alone:
+        _give_up(scheduler, running.requests[0])
+    batch.retracted = victims
+    _wait_again(scheduler, victims)
+    _new_ratio(scheduler)
+    scheduler.recorder.count("retractions", len(victims))
+
+
+def _order(scheduler: Scheduler) -> list[int]:
+    """Rows with the victims at the end."""
+    running = scheduler.running
+    rows = list(range(len(running)))
+    if scheduler.rules.retract_victim == "newest":
+        return sorted(rows, key=lambda row: running.requests[row].rank)
+    done, requests = running.done, running.requests
+    # Most generated first, ties shortest prompt first; a reversed sort keeps equal rows in batch order.
+    return sorted(rows, key=lambda r: (requests[r].outputs_known(done), -requests[r].prompt_tokens), reverse=True)
+
+
+def _retract(scheduler: Scheduler, request: Request) -> None:
+    """Take the request's KV; its known outputs become part of what its next prefill computes."""
+    running, memory = scheduler.running, scheduler.memory
+    known = request.outputs_known(running.done)
+    fresh = known - request.old_outputs
+    if fresh:
+        outputs = memory.slots.outputs[request.slot, :fresh]
+        if fresh > 1:
+            request.segments.append((request.joined, fresh - 1))
+        tokens = np.concatenate((request.fill_ids, outputs))
+    else:
+        tokens = request.fill_ids
+    scheduler.count_extra_rows([request])
+    memory.drop(request, scheduler.allocated_tokens(request))
+    request.fill_ids = tokens
+    request.old_outputs = known
+    request.sampled = False
+    request.in_running = False
+    request.retractions += 1
+    if request.retracted_at_ns < 0:
+        request.retracted_at_ns = scheduler.now_ns
+
+
+def _give_up(scheduler: Scheduler, request: Request) -> None:
+    """The last running request does not fit into the whole pool: end it with a reason instead of stopping the engine."""
+    scheduler.fail(request, "the KV pool does not hold this request", 500)
+    scheduler.running.filter_finished()
+
+
+def _wait_again(scheduler: Scheduler, victims: list[Request]) -> None:
+    """Back to the queue: to the end as SGLang, or to the place of their arrival."""
+    waiting = scheduler.waiting
+    if scheduler.config.retract_to == "back":
+        waiting.extend(victims)
+        return
+    for request in victims:
+        later = (place for place, other in enumerate(waiting) if other.rank > request.rank)
+        waiting.insert(next(later, len(waiting)), request)
+
+
+def _new_ratio(scheduler: Scheduler) -> None:
+    running = scheduler.running
+    generated = sum(request.outputs_known(running.done) for request in running.requests)
+    most = sum(request.max_new_tokens for request in running.requests)
+    ahead = RETRACT_DECODE_STEPS * len(running)
+    scheduler.new_token_ratio = min(1.0, (generated + ahead) / most) if most else scheduler.ratio_init
+
+

@@ -1,0 +1,167 @@
+"""The running batch as a column store: every request that decodes is a row, and a step costs the same at 1 or 256 rows.
+
+Between two changes of membership the columns are constant. What moves is one number, ``advance``, the count of decode
+steps launched: row i holds ``start[i] + advance`` tokens of KV, and finishes with the result of advance ``finish_at[i]``.
+Columns are replaced, never written to, so a launched batch keeps references as its snapshot.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+from numpy.typing import NDArray
+
+from testbed.batch import NO_ROWS, Batch
+from testbed.memory import PageAllocator, RequestSlots
+from testbed.request import Request
+
+Column = NDArray[np.int64]
+FAR = sys.maxsize
+
+
+class RunningBatch:
+    """Rows in batch order.
+
+    requests: the rows; slots: int64 [n]; start: KV length minus ``advance``; finish_at: the advance whose result is the
+    last by length; output_base: index into the output table minus ``advance``.
+    """
+
+    def __init__(self, slots: RequestSlots, allocator: PageAllocator) -> None:
+        self._tables = slots
+        self._allocator = allocator
+        self._page_size = allocator.page_size
+        self.advance = 0
+        """Decode steps launched."""
+        self.done = 0
+        """Decode steps whose result has been processed."""
+        self.is_full = False
+        """SGLang's ``batch_is_full``; used under ``admission: when_batch_shrinks`` only."""
+        self.finished_rows = 0
+        """Rows whose request has ended and that the next filter drops."""
+        self.requests: list[Request] = []
+        self._set_columns(NO_ROWS, NO_ROWS, NO_ROWS, NO_ROWS)
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def _set_columns(self, slots: Column, start: Column, finish_at: Column, output_base: Column) -> None:
+        self.slots = slots
+        self.start = start
+        self.finish_at = finish_at
+        self.output_base = output_base
+        rows = len(slots)
+        self._start_sum = int(start.sum()) if rows else 0
+        self._start_max = int(start.max()) if rows else 0
+        self._page_base = slots * self._tables.page_stride + start if self._page_size == 1 else NO_ROWS
+        self._opening: dict[int, Column] = {}
+        self.find_next_finish()
+
+    def find_next_finish(self) -> None:
+        """``next_finish``: the first advance after ``done`` whose result ends a row by length."""
+        later = self.finish_at[self.finish_at > self.done]
+        self.next_finish = int(later.min()) if len(later) else FAR
+
+    # -- membership ---------------------------------------------------------------------------------------------
+
+    def merge(self, requests: list[Request], front: bool = False) -> None:
+        """Requests whose prefill was launched join, at the end of the batch order or (SGLang's mixed batches) in front."""
+        advance = self.advance
+        slots = np.array([request.slot for request in requests], dtype=np.int64)
+        start = np.array([len(request.fill_ids) - advance for request in requests], dtype=np.int64)
+        # The prefill yields one token, so max_new_tokens - 1 decodes remain; earlier outputs count after a retraction.
+        finish_at = np.array([advance + r.max_new_tokens - r.old_outputs - 1 for r in requests], dtype=np.int64)
+        output_base = slots * self._tables.output_stride - advance
+        for request in requests:
+            request.joined = advance
+            request.in_running = True
+        if not self.requests:
+            self.requests = list(requests)
+            self._set_columns(slots, start, finish_at, output_base)
+            return
+        order = ((slots, self.slots), (start, self.start), (finish_at, self.finish_at), (output_base, self.output_base))
+        columns = [np.concatenate((new, old) if front else (old, new)) for new, old in order]
+        self.requests = [*requests, *self.requests] if front else [*self.requests, *requests]
+        self._set_columns(*columns)
+
+    def keep(self, rows: list[int]) -> None:
+        """Keep these rows, in this order."""
+        kept = np.array(rows, dtype=np.int64)
+        requests = self.requests
+        if len(rows) < len(requests):
+            staying = set(rows)
+            for row, request in enumerate(requests):
+                if row not in staying:
+                    request.in_running = False
+        self.requests = [requests[row] for row in rows]
+        self.finished_rows = sum(request.finish_reason is not None for request in self.requests)
+        self._set_columns(self.slots[kept], self.start[kept], self.finish_at[kept], self.output_base[kept])
+
+    def filter_finished(self) -> bool:
+        """Drop the rows of ended requests; whether there were any."""
+        if not self.finished_rows:
+            return False
+        self.keep([row for row, request in enumerate(self.requests) if request.finish_reason is None])
+        return True
+
+    # -- one step -----------------------------------------------------------------------------------------------
+
+    def rows_opening_a_page(self) -> Column:
+        """Rows whose next token is the first of a page: int64 [k] (page size > 1)."""
+        phase = self.advance % self._page_size
+        rows = self._opening.get(phase)
+        if rows is None:
+            rows = self._opening[phase] = np.flatnonzero((self.start + phase) % self._page_size == 0)
+        return rows
+
+    def pages_needed(self) -> int:
+        """Pages that the next decode step takes."""
+        return len(self.requests) if self._page_size == 1 else len(self.rows_opening_a_page())
+
+    def decode_into(self, batch: Batch) -> None:
+        """Give every row room for one more token and append the rows to ``batch``. Raises OutOfPages."""
+        advance = self.advance
+        if self._page_size == 1:
+            pages = self._allocator.alloc(len(self.requests))
+            self._tables.pages_flat[self._page_base + advance] = pages
+            batch.pages.append(pages)
+        elif len(rows := self.rows_opening_a_page()):
+            pages = self._allocator.alloc(len(rows))
+            page = (self.start[rows] + advance) // self._page_size
+            self._tables.pages_flat[self.slots[rows] * self._tables.page_stride + page] = pages
+            batch.pages.append(pages)
+        self.advance = advance = advance + 1
+        batch.advance = advance
+        batch.decodes = self.requests
+        batch.slots = self.slots
+        batch.start = self.start
+        batch.finish_at = self.finish_at
+        batch.output_base = self.output_base
+
+    def context_tokens(self) -> int:
+        """KV tokens of all rows."""
+        return self._start_sum + len(self.requests) * self.advance
+
+    def context_max(self) -> int:
+        """KV tokens of the longest row."""
+        return self._start_max + self.advance
+
+    def commit(self, batch: Batch, token_ids: NDArray[np.int32]) -> None:
+        """Store the tokens of a decode result, int32 [decodes of the batch].
+
+        Rows of requests that ended meanwhile write one token beyond their end into a slot that may have a new owner:
+        harmless, because results are applied in launch order, before the new owner's first token.
+        """
+        self._tables.outputs_flat[batch.output_base + batch.advance] = token_ids
+        self.done = batch.advance
+
+    # -- estimates ----------------------------------------------------------------------------------------------
+
+    def remaining_outputs(self, clip: int) -> int:
+        """Sum over rows of min(max_new_tokens - outputs known, clip)."""
+        remaining = self.finish_at - self.done
+        if self.finished_rows or (self.requests and not self.requests[-1].sampled) or not self.requests[0].sampled:
+            for row, request in enumerate(self.requests):
+                if request.finish_reason is not None or not request.sampled:
+                    remaining[row] = request.max_new_tokens - request.outputs_known(self.done)
+        return int(np.minimum(remaining, clip).sum())

@@ -1,0 +1,534 @@
+"""The scheduler: messages in, batches out, results in, outputs out. It decides; it knows neither time nor device.
+
+Method names are SGLang's. One iteration of any loop is::
+
+    handle_message*  ->  get_next_batch_to_run  ->  (the loop runs the batch)  ->  process_batch_result
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from testbed.batch import Batch, BatchShape, ForwardMode, Prefill, StepResult
+from testbed.memory import KvMemory
+from testbed.messages import ControlOutput, GenerateRequest, Message, RequestOutput
+from testbed.metrics.recorder import Recorder
+from testbed.request import NEVER, NO_TOKENS, FinishReason, Request
+from testbed.scenario.schema import EngineConfig
+from testbed.scheduler.admission import PrefillAdder, Verdict
+from testbed.scheduler.batching import STRATEGIES, BatchingStrategy
+from testbed.scheduler.decisions import DecisionLog
+from testbed.scheduler.dispatch import dispatch
+from testbed.scheduler.invariants import Invariants
+from testbed.scheduler.policies import CACHE_AWARE, POLICIES, Policy, fcfs, with_priority
+from testbed.scheduler.retraction import retract_decode
+from testbed.scheduler.running import RunningBatch
+
+Checks = Literal["delta", "full"]
+MAX_NEW_TOKENS_UNBOUNDED = 1 << 30
+
+
+class Scheduler:
+    """One engine's scheduler. ``kv_tokens`` is the KV capacity, ``context_length`` the model's limit on a sequence."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        kv_tokens: int,
+        context_length: int,
+        vocab_size: int,
+        seed: int = 0,
+        policy: Policy | None = None,
+        strategy: BatchingStrategy | None = None,
+        recorder: Recorder | None = None,
+        checks: Checks = "delta",
+        late_results: bool = False,
+    ) -> None:
+        """``policy`` and ``strategy`` replace the config's names by the user's own; ``checks``: full invariants at every
+        step, or only now and then; ``late_results``: the loop processes a result after launching the next batch."""
+        self.config = config
+        self.rules = config.rules
+        self.context_length = context_length
+        self.vocab_size = vocab_size
+        self.seed = seed
+        self.memory = KvMemory(
+            kv_tokens,
+            page_size=config.page_size,
+            slots=2 * config.max_running_requests + 2,
+            context_tokens=min(context_length, kv_tokens) + 1,
+            prefix_cache=config.prefix_cache,
+            eviction=config.eviction,
+            evict_whole_need=config.rules.evict_amount == "whole_need",
+        )
+        self.cache = self.memory.cache
+        self.max_request_tokens = min(context_length - 1, self.memory.allocator.capacity_tokens - 1)
+        """Prompt and output together never exceed this (specification B.11)."""
+        self.max_running_requests = config.max_running_requests
+        self.chunk_size = None if config.chunked_prefill_size == -1 else config.chunked_prefill_size
+        self.running = RunningBatch(self.memory.slots, self.memory.allocator)
+        self.waiting: list[Request] = []
+        self.chunked: Request | None = None
+        """The one request whose prompt is half computed."""
+        self.last_batch: Batch | None = None
+        self.late_results = late_results
+        self.in_flight: list[Batch] = []
+        self.requests: dict[str, Request] = {}
+        """Every request that has not ended, by id."""
+        self.failed: list[Request] = []
+        """Requests ended by a decision, not by a result; the loop sends their ends."""
+        self.steps = 0
+        self.received = 0
+        self.forward_sleep_ns = 0
+
+        self.ratio_init = min(config.init_new_token_ratio * config.schedule_conservativeness, 1.0)
+        self.ratio_min = min(self.ratio_init * config.min_new_token_ratio_factor, 1.0)
+        self.ratio_decay = (self.ratio_init - self.ratio_min) / config.new_token_ratio_decay_steps
+        self.new_token_ratio = self.ratio_init
+
+        chosen = policy or POLICIES[config.policy]
+        if self.cache.disabled and chosen in CACHE_AWARE:
+            chosen = fcfs
+        self.policy = with_priority(chosen, config.low_priority_values_first) if config.priority else chosen
+        self.strategy = strategy or STRATEGIES[config.batching]()
+        self.recorder = recorder or Recorder()
+        self.decision_log = DecisionLog()
+        self.invariants = Invariants(self, every_step=checks == "full")
+
+        self.now_ns = 0
+        self.stalled = False
+        """The last decision found nothing to run, and only a message or a result can change that."""
+        self.admitted = 0
+        self.matched_tokens = 0
+        self.matched_in_policy = 0
+        self.scanned = 0
+
+    @property
+    def free_and_evictable_tokens(self) -> int:
+        """What an admission may count on."""
+        return self.memory.free_and_evictable_tokens
+
+    # -- messages ---------------------------------------------------------------------------------------------------
+
+    @property
+    def can_build_batch(self) -> bool:
+        """Whether a batch can be built without another message or result."""
+        if self.stalled:
+            return False
+        return bool(self.running.requests or self.waiting or self.chunked or self.last_batch)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits, runs or is in flight."""
+        return not (self.requests or self.in_flight or self.chunked or self.waiting)
+
+    def handle_message(self, now_ns: int, message: Message) -> list[RequestOutput | ControlOutput]:
+        """Dispatch one message; what has to be sent at once is returned. A message never raises: a bad one is refused."""
+        self.now_ns = now_ns
+        self.stalled = False
+        return dispatch(self, message)
+
+    def add_request(self, source: GenerateRequest) -> list[RequestOutput | ControlOutput]:
+        """Accept a request into the waiting queue, or refuse it."""
+        refusal = self._refusal(source)
+        if refusal is not None:
+            status, message = refusal
+            request = Request(source, NEVER, NO_TOKENS, 0)
+            request.prompt_tokens = len(source.prompt)
+            request.queued_ns = self.now_ns
+            request.finish_reason, request.message, request.status = FinishReason.ERROR, message, status
+            self.recorder.count("refused")
+            if source.rid not in self.requests:  # the record of a duplicate id would overwrite the first one's
+                self.recorder.ended(request, 0, self.now_ns)
+            return [self.output_of(request)]
+        room = self.max_request_tokens - len(source.prompt) - 1
+        wanted = MAX_NEW_TOKENS_UNBOUNDED if source.max_new_tokens is None else source.max_new_tokens
+        request = Request(source, self.received, source.prompt.ids(self.vocab_size), min(wanted, room))
+        request.queued_ns = self.now_ns
+        self.received += 1
+        self.requests[source.rid] = request
+        self.waiting.append(request)
+        return []
+
+    def _refusal(self, source: GenerateRequest) -> tuple[int, str] | None:
+        """(status, reason) when a request cannot be served at all."""
+        limit = self.max_request_tokens - 5  # SGLang's reserve, B.11
+        if source.rid in self.requests:
+            return 400, f"a request with the id {source.rid!r} is being served"
+        if len(source.prompt) == 0:
+            return 400, "the prompt is empty"
+        if len(source.prompt) >= limit:
+            return 400, f"the prompt has {len(source.prompt)} tokens; this engine takes fewer than {limit}"
+        if source.max_new_tokens is not None and source.max_new_tokens < 0:
+            return 400, "max_new_tokens is negative"
+        queued = self.config.max_queued_requests
+        if queued is not None and len(self.waiting) + 1 > queued:
+            return 503, "The request queue is full."
+        return None
+
+    def abort(self, rid: str) -> list[RequestOutput | ControlOutput]:
+        """End a request wherever it is; unknown and ended ids have no effect. A launched batch that contains it is not
+        changed: its row's result is dropped."""
+        request = self.requests.get(rid)
+        if request is None:
+            return []
+        if request.slot == NEVER:
+            self.waiting.remove(request)
+            request.output_ids = request.fill_ids[request.prompt_tokens :]
+        else:
+            if request is self.chunked:
+                self.chunked = None
+            self._release(request)
+        self._end(request, FinishReason.ABORT, "aborted", 499)
+        if request.retracted_at_ns != NEVER:
+            request.retracted_ns += self.now_ns - request.retracted_at_ns
+        self.count_extra_rows([request])
+        self.recorder.ended(request, len(request.output_ids), self.now_ns)
+        self.recorder.count("aborts")
+        return [self.output_of(request)]
+
+    @staticmethod
+    def output_of(request: Request) -> RequestOutput:
+        """The final message of a request that has ended."""
+        return RequestOutput(
+            request.rid,
+            str(request.finish_reason),
+            request.message,
+            request.status,
+            request.prompt_tokens,
+            max(request.cached_tokens, 0),
+            request.output_ids,
+        )
+
+    # -- decision -----------------------------------------------------------------------------------------------------
+
+    def get_next_batch_to_run(self, now_ns: int) -> Batch | None:
+        """The next step, with its memory; None when there is nothing to run now."""
+        self.now_ns = now_ns
+        self.admitted = self.matched_tokens = self.matched_in_policy = self.scanned = 0
+        running = self.running
+        full_before = running.is_full
+        if self.last_batch is not None:
+            self._merge_last_batch(self.last_batch)
+        if running.finished_rows and self.rules.admission == "every_step":
+            running.filter_finished()
+        batch = self.strategy.next_batch(self)
+        self.last_batch = batch
+        if batch is not None:
+            self._launch(batch)
+        else:
+            # SGLang's latch may have been cleared by this very decision: then the next one can succeed.
+            self.stalled = not self.in_flight and not (self.waiting and full_before and not running.is_full)
+        return batch
+
+    def _merge_last_batch(self, last: Batch) -> None:
+        """The last step's prefills join the running batch, without those that ended or have more chunks to go."""
+        if self.chunked is not None and self.chunked.slot != NEVER:
+            self.memory.publish(self.chunked)
+        if last.mode is ForwardMode.DECODE:
+            return
+        running = self.running
+        joining = [
+            prefill.request
+            for prefill in last.prefills
+            if prefill.last and prefill.request.finish_reason is None and prefill.request.max_new_tokens > 0
+        ]
+        if self.rules.admission == "when_batch_shrinks":
+            self._clear_latch(last, len(joining))
+        if joining:
+            running.merge(joining, front=last.mode is ForwardMode.MIXED and self.config.batching == "mixed_chunk")
+
+    def _clear_latch(self, last: Batch, joining: int) -> None:
+        """``batch_is_full`` belongs to SGLang's running batch object: a prefill that becomes the running batch (always
+        after a mixed step) brings a fresh flag; one that lost rows clears it."""
+        running = self.running
+        if last.mode is ForwardMode.MIXED:
+            shrank = joining < len(last.prefills) or running.finished_rows > 0
+            running.filter_finished()
+            fresh = joining + len(running) > 0
+        else:
+            shrank = joining < len(last.prefills)
+            fresh = joining > 0 and not running.requests
+        if shrank or fresh:
+            running.is_full = False
+
+    def new_prefill_batch(self, token_budget: int | None, mixed_rows: int = 0) -> Batch | None:
+        """A prefill of at most ``token_budget`` tokens (None: prompts are not cut), chosen by policy and budgets."""
+        running = self.running
+        if self.chunked is None and not (self.waiting and self._may_admit(token_budget)):
+            return None
+        seats = self.max_running_requests - len(running)
+        if seats <= 0 and self.chunked is None:
+            running.is_full = True
+            return None
+        self.scanned = len(self.waiting)
+        if self.waiting:
+            self.policy(self.waiting, self)
+        adder = PrefillAdder(self, token_budget, mixed_rows)
+        if self.chunked is not None:
+            adder.add_chunked(self.chunked)
+        for request in self.waiting:
+            if len(adder.prefills) >= seats:
+                running.is_full = True
+                break
+            verdict = adder.add(request)
+            if verdict is not Verdict.CONTINUE:
+                if verdict is Verdict.NO_TOKENS:
+                    running.is_full = True
+                break
+        if not adder.prefills:
+            return None
+        self._take_from_waiting(adder)
+        return self._prepare_for_extend(adder.prefills)
+
+    def _may_admit(self, token_budget: int | None) -> bool:
+        """A test of constant cost before the exact one. With the latch: whether it is open. Without: whether the head of
+        a first-come queue could possibly fit, which spares a full queue the walk at every step."""
+        if self.rules.admission == "when_batch_shrinks":
+            return not self.running.is_full
+        if token_budget is not None and token_budget <= 0:
+            return False
+        if self.policy is not fcfs or not self.running.requests:
+            return True
+        return self.memory.free_and_evictable_tokens > 0
+
+    def _take_from_waiting(self, adder: PrefillAdder) -> None:
+        """Selected requests leave the queue; a newly cut one becomes the chunked request."""
+        selected = {prefill.request.rank for prefill in adder.prefills}
+        fresh = [p.request for p in adder.prefills if p.request is not self.chunked]
+        self.admitted = len(fresh)
+        self.matched_tokens = adder.matched_tokens
+        if fresh:
+            self.waiting = [request for request in self.waiting if request.rank not in selected]
+        self.chunked = adder.chunked
+
+    def _prepare_for_extend(self, prefills: list[Prefill]) -> Batch:
+        """Allocate slots and pages of a prefill."""
+        batch = Batch(ForwardMode.EXTEND, prefills)
+        p = self.config.page_size
+        needed = sum(prefill.new_tokens for prefill in prefills) + (len(prefills) * p if p > 1 else 0)
+        batch.evicted_tokens = self.memory.make_room(needed)
+        for request, prefix, new_tokens, _ in prefills:
+            if request.slot == NEVER:
+                self.memory.open(request)
+                request.sampled = False
+                if request.first_scheduled_ns == NEVER:
+                    request.first_scheduled_ns = self.now_ns
+                    request.cached_tokens = prefix
+            batch.pages.append(self.memory.extend(request, new_tokens))
+            request.pending_prefills += 1
+        return batch
+
+    def decode_batch(self) -> Batch | None:
+        """One token for every running request; retracts some first when memory does not suffice."""
+        running = self.running
+        before = len(running)
+        running.filter_finished()
+        if not running.requests:
+            running.is_full = False
+            return None
+        batch = Batch(ForwardMode.DECODE, [])
+        p = self.config.page_size
+        needed = running.pages_needed() * p
+        batch.evicted_tokens = self.memory.make_room(needed)
+        if self.memory.allocator.available_tokens < needed:
+            retract_decode(self, batch)
+            if not running.requests:
+                return None
+            if p > 1:
+                batch.evicted_tokens += self.memory.make_room(running.pages_needed() * p)
+        else:
+            self.new_token_ratio = max(self.new_token_ratio - self.ratio_decay, self.ratio_min)
+        if len(running) < before:
+            running.is_full = False
+        running.decode_into(batch)
+        self.memory.owned_pages += len(batch.pages[0]) if batch.pages else 0
+        return batch
+
+    def mix_with_running(self, batch: Batch) -> Batch:
+        """Let the running requests decode in a prefill's step, if memory holds one more token for each."""
+        running = self.running
+        running.filter_finished()
+        if running.requests:
+            needed = running.pages_needed() * self.config.page_size
+            batch.evicted_tokens += self.memory.make_room(needed)
+            if self.memory.allocator.available_tokens >= needed:
+                held = len(batch.pages)
+                running.decode_into(batch)
+                self.memory.owned_pages += sum(map(len, batch.pages[held:]))
+                batch.mode = ForwardMode.MIXED
+        return batch
+
+    def join(self, prefill: Batch, decode: Batch) -> Batch:
+        """One step of a prefill and a decode that both have their memory."""
+        decode.mode = ForwardMode.MIXED
+        decode.prefills = prefill.prefills
+        decode.pages = prefill.pages + decode.pages
+        decode.evicted_tokens += prefill.evicted_tokens
+        return decode
+
+    def _launch(self, batch: Batch) -> None:
+        """Number, shape, log and check a decided batch."""
+        batch.index = self.steps
+        self.steps += 1
+        prefills, running, memory = batch.prefills, self.running, self.memory
+        batch.shape = BatchShape(
+            tuple([p.new_tokens for p in prefills]) if prefills else (),
+            tuple([p.prefix_tokens for p in prefills]) if prefills else (),
+            len(batch.decodes),
+            running.context_tokens() if batch.decodes else 0,
+            running.context_max() if batch.decodes else 0,
+        )
+        batch.decided = (
+            len(running.requests),
+            len(self.waiting),
+            memory.allocator.available_tokens,
+            memory.cache.evictable_tokens,
+        )
+        batch.new_token_ratio = self.new_token_ratio
+        self.in_flight.append(batch)
+        self.decision_log.append(batch)
+        self.invariants.after_decision(batch)
+
+    # -- results ------------------------------------------------------------------------------------------------------
+
+    def process_batch_result(self, batch: Batch, result: StepResult) -> list[Request]:
+        """Apply a result; results come in launch order. Returns the requests that ended."""
+        assert self.in_flight and self.in_flight[0] is batch, "results are applied in launch order"
+        self.in_flight.pop(0)
+        self.stalled = False
+        ended, self.failed = self.failed, []
+        if batch.prefills:
+            self._process_prefills(batch, result, ended)
+        if batch.decodes:
+            self._process_decodes(batch, result, ended)
+        self.memory.allocator.reap(batch.index)
+        if ended and self.in_flight:
+            self.count_extra_rows(ended)
+        return ended
+
+    def _process_prefills(self, batch: Batch, result: StepResult, ended: list[Request]) -> None:
+        for row, (request, _, _, last) in enumerate(batch.prefills):
+            request.pending_prefills -= 1
+            if not last or request.finish_reason is not None or request.slot == NEVER:
+                continue
+            request.sampled = True
+            self.memory.slots.outputs[request.slot, 0] = result.token_ids[row]
+            if request.old_outputs + 1 >= request.max_new_tokens:
+                self._finish(request, FinishReason.LENGTH, ended)
+            elif row in result.stopped:
+                self._finish(request, FinishReason.STOP, ended)
+            else:
+                self.memory.publish(request)
+
+    def _process_decodes(self, batch: Batch, result: StepResult, ended: list[Request]) -> None:
+        running = self.running
+        first = len(batch.prefills)
+        running.commit(batch, result.token_ids[first:] if first else result.token_ids)
+        advance = batch.advance
+        if advance >= running.next_finish:
+            for row in np.flatnonzero(batch.finish_at == advance).tolist():
+                request = batch.decodes[row]
+                if request.finish_reason is None and request.in_running:
+                    self._finish(request, FinishReason.LENGTH, ended)
+            running.find_next_finish()
+        for row in result.stopped:
+            if row >= first:
+                request = batch.decodes[row - first]
+                if request.finish_reason is None and request.in_running:
+                    self._finish(request, FinishReason.STOP, ended)
+
+    def _finish(self, request: Request, reason: FinishReason, ended: list[Request]) -> None:
+        self._release(request)
+        self._end(request, reason, "", 200)
+        ended.append(request)
+
+    def allocated_tokens(self, request: Request) -> int:
+        """KV tokens that ``request`` holds room for."""
+        if request.in_running:
+            return len(request.fill_ids) + self.running.advance - request.joined
+        return request.kv_tokens
+
+    def _release(self, request: Request) -> None:
+        """An ending request gives its KV back: what is computed and known to the tree, the rest to the free list."""
+        allocated = self.allocated_tokens(request)
+        if not request.sampled:
+            request.output_ids = request.fill_ids[request.prompt_tokens :]
+            self.memory.drop(request, allocated)
+            return
+        fresh = request.outputs_known(self.running.done) - request.old_outputs
+        outputs = self.memory.slots.outputs[request.slot, :fresh]
+        tokens = np.concatenate((request.fill_ids, outputs))
+        request.output_ids = tokens[request.prompt_tokens :][: request.max_new_tokens]
+        fence = NEVER
+        if self.rules.over_allocated == "free_at_result" and self.in_flight:
+            fence = self.in_flight[-1].index
+        self.memory.release(request, tokens[:-1], allocated, fence)
+        if fresh > 1:
+            request.segments.append((request.joined, fresh - 1))
+
+    def _end(self, request: Request, reason: FinishReason, message: str, status: int) -> None:
+        request.finish_reason = reason
+        request.message = message
+        request.status = status
+        if request.in_running:
+            self.running.finished_rows += 1
+        self.requests.pop(request.rid, None)
+        self.invariants.ended(request)
+
+    def fail(self, request: Request, message: str, status: int) -> None:
+        """End a running request with an error; its output goes out with the next messages."""
+        self._release(request)
+        self._end(request, FinishReason.ERROR, message, status)
+        self.failed.append(request)
+
+    def count_extra_rows(self, ended: list[Request]) -> None:
+        """Rows of launched batches whose token will be dropped, because the request ended meanwhile."""
+        for batch in self.in_flight:
+            if batch.decodes:
+                extra = sum(1 for request in ended if request.in_running and request.joined < batch.advance)
+                batch.extra_rows += extra
+
+    # -- after the outputs were sent ------------------------------------------------------------------------------------
+
+    def outputs_sent(self, batch: Batch, result: StepResult, ended: list[Request], sent_ns: int) -> None:
+        """Record that the batch's tokens, and the ends of ``ended``, were sent at ``sent_ns``."""
+        recorder = self.recorder
+        for request, _, _, last in batch.prefills:
+            if last and request.sampled and request.max_new_tokens:
+                self._token_sent(request, sent_ns)
+        if batch.decodes:
+            recorder.advance_times.append(sent_ns)
+        for request in ended:
+            recorder.ended(request, len(request.output_ids), sent_ns)
+        recorder.step(batch, result)
+        self.invariants.after_result(batch)
+
+    def _token_sent(self, request: Request, sent_ns: int) -> None:
+        """The first token since (re-)admission."""
+        if request.retracted_at_ns != NEVER:
+            pause = sent_ns - request.retracted_at_ns
+            request.retracted_at_ns = NEVER
+            request.retracted_ns += pause
+            if request.first_token_ns == NEVER:
+                request.retracted_before_first_ns += pause
+        if request.first_token_ns == NEVER:
+            request.first_token_ns = sent_ns
+        request.segments.append((-1 - sent_ns, 1))
+
+    def on_idle(self) -> None:
+        """The loop found nothing to do: the ratio starts afresh, and every page is accounted for (specification A.9)."""
+        self.new_token_ratio = self.ratio_init
+        self.invariants.when_idle()
+
+    def flush_cache(self) -> bool:
+        """Empty the prefix cache; refused, without effect, unless nothing waits, runs or is in flight."""
+        if not self.idle:
+            return False
+        self.running.filter_finished()
+        self.last_batch = None
+        self.memory.cache.clear()
+        self.memory.allocator.clear()
+        return True
