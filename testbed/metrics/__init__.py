@@ -1,1 +1,1 @@
-
+"""What a run leaves behind, and the figures that follow from it."""

@@ -1,1 +1,1 @@
-
+"""Tables, figures, pages and traces of runs, whoever ran them."""

@@ -1,0 +1,223 @@
+"""A run as a folder: typed tables, the decision log with its digest, the scenario and one JSON of figures.
+
+Equal runs give byte-identical files. What depends on when and where a run was made (command, date, machine) stands in
+the ``provenance`` part of ``run.json`` and nowhere else.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from testbed.metrics.columns import token_owner
+from testbed.metrics.records import REQUEST_COLUMNS, SPAN_COLUMNS, STEP_COLUMNS, Column, Records
+from testbed.scenario.errors import InputError
+
+FORMAT = 1
+"""Version of the folder's layout; written to ``run.json``."""
+
+TOKEN_COLUMNS = {"request": "index of the request in requests", "time_ns": "when the token was sent"}
+TABLES = {"requests": REQUEST_COLUMNS, "steps": STEP_COLUMNS, "spans": SPAN_COLUMNS, "tokens": TOKEN_COLUMNS}
+_TEXT = frozenset({"id", "session", "tenant", "finish_reason"})
+_FLOAT = frozenset({"new_token_ratio", "flops", "bytes"})
+
+
+def new_folder(folder: Path) -> Path:
+    """Make ``folder``, and refuse one that has something in it.
+
+    Raises:
+        InputError: it exists and is not empty, or cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        taken = any(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"cannot make the folder: {error.strerror}", where=str(folder)) from error
+    if taken:
+        raise InputError(
+            "the folder is not empty", where=str(folder), remedy="A run is never overwritten: name another."
+        )
+    return folder
+
+
+def write_records(records: Records, folder: Path, parquet: bool | None = None) -> None:
+    """Write the tables, Parquet where pyarrow is installed (or as ``parquet`` says), else CSV."""
+    parquet = find_spec("pyarrow") is not None if parquet is None else parquet
+    tokens: dict[str, Column] = {"request": token_owner(records), "time_ns": records.token_times_ns}
+    tables = {"requests": records.requests, "steps": records.steps, "spans": records.spans, "tokens": tokens}
+    for name, columns in tables.items():
+        if parquet:
+            _write_parquet(columns, folder / f"{name}.parquet")
+        else:
+            _write_csv(columns, folder / f"{name}.csv")
+    (folder / "decisions.bin").write_bytes(records.decisions)
+
+
+def _write_parquet(columns: Mapping[str, Column], path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({name: pa.array(values) for name, values in columns.items()})
+    numbers = [name for name in table.column_names if table.schema.field(name).type == pa.int64()]
+    words = [name for name in table.column_names if name not in numbers]
+    # Stamps grow steadily: their differences take a third of the room that a dictionary would.
+    pq.write_table(
+        table,
+        path,
+        compression="zstd",
+        use_dictionary=words,
+        column_encoding=dict.fromkeys(numbers, "DELTA_BINARY_PACKED"),
+    )
+
+
+def _write_csv(columns: Mapping[str, Column], path: Path) -> None:
+    plain = [values if isinstance(values, list) else values.tolist() for values in columns.values()]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(zip(*plain, strict=True))
+
+
+def read_records(folder: Path, counters: dict[str, int]) -> Records:
+    """Read what ``write_records`` wrote.
+
+    Raises:
+        InputError: a file is missing, damaged, or lacks a column; it names the file.
+    """
+    tables = {name: _read_table(folder, name, tuple(known)) for name, known in TABLES.items()}
+    requests = len(tables["requests"]["id"])
+    owner = np.asarray(tables["tokens"]["request"], dtype=np.int64)
+    if len(owner) and (owner[0] < 0 or owner[-1] >= requests or (np.diff(owner) < 0).any()):
+        raise InputError("tokens do not belong to the requests of this run, in order", where=str(folder / "tokens"))
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=requests))]).astype(np.int64)
+    decisions = read_bytes(folder / "decisions.bin")
+    times = np.asarray(tables["tokens"]["time_ns"], dtype=np.int64)
+    return Records(tables["requests"], tables["steps"], tables["spans"], offsets, times, decisions, counters)
+
+
+def _read_table(folder: Path, name: str, known: tuple[str, ...]) -> dict[str, Column]:
+    path = folder / f"{name}.parquet"
+    if not path.exists():
+        path = folder / f"{name}.csv"
+    if not path.exists():
+        raise InputError(f"the run has no {name}.parquet and no {name}.csv", where=str(folder))
+    try:
+        columns = _read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
+    except (ValueError, OSError, IndexError) as error:  # pyarrow's own errors are subclasses of these
+        raise InputError(f"the file is damaged: {error}", where=str(path)) from error
+    if missing := [column for column in known if column not in columns]:
+        raise InputError(f"the file lacks the columns {', '.join(missing)}", where=str(path))
+    return columns
+
+
+def _read_parquet(path: Path) -> dict[str, Column]:
+    if find_spec("pyarrow") is None:
+        raise InputError("reading Parquet needs pyarrow", where=str(path), remedy="pip install 'testbed[parquet]'")
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path)
+    return {
+        name: table[name].to_pylist() if name in _TEXT else np.array(table[name].to_numpy())
+        for name in table.column_names
+    }
+
+
+def _read_csv(path: Path) -> dict[str, Column]:
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.reader(file)
+        names = next(reader, [])
+        rows = list(reader)
+    if any(len(row) != len(names) for row in rows):
+        raise ValueError("a row has too few or too many fields")
+    columns: dict[str, Column] = {}
+    for position, name in enumerate(names):
+        values = [row[position] for row in rows]
+        if name in _TEXT:
+            columns[name] = values
+        else:
+            columns[name] = np.array(values, np.float64) if name in _FLOAT else np.array(values, np.int64)
+    return columns
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file of the run; raises InputError that names it when it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read the file: {error.strerror}", where=str(path)) from error
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 in hex of every file in ``folder``, by name, ascending."""
+    return {path.name: sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def check_digests(folder: Path, expected: Mapping[str, str]) -> None:
+    """Raise InputError, naming the file, where one is missing or differs from what was written."""
+    for name, digest in expected.items():
+        if sha256(read_bytes(folder / name)).hexdigest() != digest:
+            raise InputError("the file is damaged: its content is not what was written", where=str(folder / name))
+
+
+def write_json(content: Any, path: Path) -> None:
+    """JSON, indented, with null for what is not a number."""
+    path.write_text(json.dumps(plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of the run; raises InputError that names it when it is damaged."""
+    try:
+        content = json.loads(read_bytes(path))
+    except ValueError as error:
+        raise InputError(f"the file is damaged: {error}", where=str(path)) from error
+    if not isinstance(content, dict):
+        raise InputError("the file is damaged: it holds no object", where=str(path))
+    return content
+
+
+def write_yaml(content: Any, path: Path) -> None:
+    """YAML in block style, keys in the order given."""
+    from ruamel.yaml import YAML
+
+    yaml: Any = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False
+    with path.open("w", encoding="utf-8") as file:
+        yaml.dump(plain(content), file)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping from a file of the run; raises InputError that names it when it is damaged."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        content = YAML(typ="safe", pure=True).load(read_bytes(path).decode())
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"the file is damaged: {error}", where=str(path)) from error
+    if not isinstance(content, dict):
+        raise InputError("the file is damaged: it holds no mapping", where=str(path))
+    return content
+
+
+def plain(value: Any) -> Any:
+    """``value`` in the types that JSON and YAML share: tuples and arrays as lists, numpy numbers as Python's."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,122 @@
+"""The one-screen result table, in the form that users of the field's serving benchmarks know."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from testbed.metrics.aggregate import LATENCIES, SloMark
+from testbed.ports import Stage
+
+WIDTH = 58
+_LABEL = 40
+
+
+def result_table(
+    figures: Mapping[str, float],
+    percentiles: Sequence[float],
+    marks: Iterable[SloMark] = (),
+    heading: Mapping[str, str] | None = None,
+    counters: Mapping[str, int] | None = None,
+) -> str:
+    """Text of the result: thresholds first, then requests, throughput, latencies, device, KV cache, loop.
+
+    ``figures``: a run's aggregates; ``heading``: labels and words for the top; ``counters``: the run's own counts.
+    """
+    lines = [" Serving Benchmark Result ".center(WIDTH, "=")]
+    lines += [f"{label + ':':<{_LABEL}} {words}" for label, words in (heading or {}).items()]
+    for mark in marks:
+        sign = "\N{CHECK MARK}" if mark.met else "\N{BALLOT X}"
+        lines.append(_row(f"{sign} {mark.name} <= {mark.limit:g}", mark.value))
+    for label, key in _OVERALL:
+        lines += _known(label, figures.get(key))
+    for name, title in LATENCIES.items():
+        lines.append(_section(title))
+        for which in ("mean", "median", *(f"p{percentile:g}" for percentile in percentiles if percentile != 50)):
+            lines.append(_row(f"{which.capitalize()} {name.upper()} (ms)", figures[f"{which}_{name}_ms"]))
+        if name == "tpot" and figures["undefined_tpot"]:
+            lines.append(_row("Undefined (single-token outputs)", figures["undefined_tpot"]))
+    for title, rows in _SECTIONS.items():
+        section = [line for label, key in rows for line in _known(label, figures.get(key))]
+        if title == "Event loop":
+            section += [_row(name.replace("_", " ").capitalize(), count) for name, count in (counters or {}).items()]
+        lines += [_section(title), *section] if section else []
+    return "\n".join([*lines, "=" * WIDTH])
+
+
+def _section(title: str) -> str:
+    return f" {title} ".center(WIDTH, "-")
+
+
+def _row(label: str, value: float) -> str:
+    return f"{label + ':':<{_LABEL}} {number(value)}"
+
+
+def _known(label: str, value: float | None) -> list[str]:
+    return [] if value is None or math.isnan(value) else [_row(label, value)]
+
+
+def number(value: float) -> str:
+    """A figure for a person: integers whole, others with two decimals, ``-`` where undefined."""
+    if math.isnan(value):
+        return "-"
+    return (
+        f"{value:d}"
+        if isinstance(value, int)
+        else f"{value:.2f}"
+        if abs(value) >= 0.01 or not value
+        else f"{value:.2g}"
+    )
+
+
+_OVERALL = (
+    ("Successful requests", "completed"),
+    ("Failed requests", "failed"),
+    ("Benchmark duration (s)", "duration"),
+    ("Total input tokens", "total_input_tokens"),
+    ("Total generated tokens", "total_output_tokens"),
+    ("Request throughput (req/s)", "request_throughput"),
+    ("Request goodput (req/s)", "request_goodput"),
+    ("Input token throughput (tok/s)", "input_throughput"),
+    ("Output token throughput (tok/s)", "output_throughput"),
+    ("Total token throughput (tok/s)", "total_token_throughput"),
+    ("Peak output token throughput (tok/s)", "max_output_tokens_per_s"),
+    ("Concurrency", "concurrency"),
+    ("Peak concurrent requests", "max_concurrent_requests"),
+)
+
+_SECTIONS: dict[str, tuple[tuple[str, str], ...]] = {
+    "Where requests spend their time": (
+        ("Mean queue (ms)", "mean_queue_ms"),
+        ("Mean prefill (ms)", "mean_prefill_ms"),
+        ("Mean decode (ms)", "mean_decode_ms"),
+        ("Mean retracted (ms)", "mean_retracted_ms"),
+        ("Mean transfer (ms)", "mean_transfer_ms"),
+    ),
+    "Device": (
+        ("Busy (%)", "device_busy_percent"),
+        ("Bubbles: host (%)", "bubble_host_percent"),
+        ("Bubbles: transfer (%)", "bubble_transfer_percent"),
+        ("Idle: no work (%)", "bubble_no_work_percent"),
+        ("Model FLOP utilisation (%)", "mfu_percent"),
+        ("Memory bandwidth (%)", "bandwidth_percent"),
+    ),
+    "KV cache": (
+        ("Capacity (tokens)", "kv_tokens"),
+        ("Owned, mean (%)", "kv_use_mean_percent"),
+        ("Owned, peak (%)", "kv_use_peak_percent"),
+        ("Cached, mean (%)", "kv_cached_mean_percent"),
+        ("Cache hit rate", "cache_hit_rate"),
+        ("Evicted tokens", "evicted_tokens"),
+    ),
+    "Event loop": (
+        ("Steps", "steps"),
+        ("Mean batch size", "mean_batch_size"),
+        ("Mean tokens per step", "mean_step_tokens"),
+        ("Extra steps", "extra_steps"),
+        ("Extra rows", "extra_rows"),
+        ("Retractions", "retractions"),
+        ("Host busy (%)", "host_busy_percent"),
+        *((f"Host {stage.name.lower()} (us/step)", f"host_{stage.name.lower()}_us_per_step") for stage in Stage),
+    ),
+}
