@@ -257,6 +257,8 @@ class Scheduler:
     def new_prefill_batch(self, token_budget: int | None, mixed_rows: int = 0) -> Batch | None:
         """A prefill of at most ``token_budget`` tokens (None: prompts are not cut), chosen by policy and budgets."""
         running = self.running
+        if self.config.priority:
+            running.is_full = False  # a newcomer may be more important than who was refused (SGLang 0.5.3)
         if self.chunked is None and not (self.waiting and self._may_admit(token_budget)):
             return None
         seats = self.max_running_requests - len(running)
@@ -337,15 +339,22 @@ class Scheduler:
             retract_decode(self, batch)
             if not running.requests:
                 return None
-            if p > 1:
-                batch.evicted_tokens += self.memory.make_room(running.pages_needed() * p)
         else:
             self.new_token_ratio = max(self.new_token_ratio - self.ratio_decay, self.ratio_min)
         if len(running) < before:
             running.is_full = False
-        running.decode_into(batch)
-        self.memory.owned_pages += len(batch.pages[0]) if batch.pages else 0
+        self._advance(batch)
         return batch
+
+    def _advance(self, batch: Batch) -> None:
+        """Give each running row its next token's room, and the rows to ``batch``."""
+        running = self.running
+        if self.memory.evict_whole_need:  # SGLang asks for a page a row, whether the row opens one or not
+            batch.evicted_tokens += self.memory.make_room(len(running) * self.config.page_size)
+        held = len(batch.pages)
+        running.decode_into(batch)
+        if len(batch.pages) > held:
+            self.memory.owned_pages += len(batch.pages[-1])
 
     def mix_with_running(self, batch: Batch) -> Batch:
         """Let the running requests decode in a prefill's step, if memory holds one more token for each."""
@@ -355,9 +364,7 @@ class Scheduler:
             needed = running.pages_needed() * self.config.page_size
             batch.evicted_tokens += self.memory.make_room(needed)
             if self.memory.allocator.available_tokens >= needed:
-                held = len(batch.pages)
-                running.decode_into(batch)
-                self.memory.owned_pages += sum(map(len, batch.pages[held:]))
+                self._advance(batch)
                 batch.mode = ForwardMode.MIXED
         return batch
 
