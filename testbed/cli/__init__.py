@@ -1,1 +1,1 @@
-
+"""The ``testbed`` command: one file a subcommand."""
