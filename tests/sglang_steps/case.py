@@ -17,7 +17,9 @@ from testbed.loops.base import LoopContext
 from testbed.loops.select import find_loop
 from testbed.messages import GenerateRequest, Prompt, Segment
 from testbed.metrics.recorder import Recorder
-from testbed.runtime.virtual import Deadlock, Oracle, VirtualRuntime, run_to_the_end
+from testbed.runtime.modelled import Deadlock
+from testbed.runtime.oracle import Oracle
+from testbed.runtime.virtual import VirtualRuntime, run_to_the_end
 from testbed.scenario.schema import EngineConfig, Rules
 from testbed.scheduler.scheduler import Scheduler
 from testbed.tokens import oracle_key, stream_key

@@ -1,0 +1,72 @@
+"""What both modelled devices (virtual and paced) ask of a cost model and a host profile, and how a launch is priced."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from testbed.batch import Batch, BatchShape, StepCost
+from testbed.ports import Stage
+
+
+class CostModel(Protocol):
+    """What a step costs on the device."""
+
+    def price(self, shape: BatchShape) -> StepCost:
+        """Device time, kernels, and whether one graph holds them."""
+        ...
+
+    def price_decode(self, rows: int, context_tokens: int, context_max: int) -> StepCost:
+        """The same for a pure decode step."""
+        ...
+
+
+class HostProfile(Protocol):
+    """What a stage of the loop costs on the host."""
+
+    def price(
+        self,
+        stage: Stage,
+        rows: int = 0,
+        new_tokens: int = 0,
+        admitted: int = 0,
+        waiting: int = 0,
+        matched_tokens: int = 0,
+    ) -> int:
+        """Nanoseconds."""
+        ...
+
+    def launch_ns(self, kernels: int, graph: bool) -> int:
+        """Nanoseconds to launch a step."""
+        ...
+
+
+class Deadlock(RuntimeError):
+    """Nothing can happen any more, and requests are still open."""
+
+
+def price_batch(cost_model: CostModel, batch: Batch) -> StepCost:
+    """The cost of a batch; a pure decode step takes the short way."""
+    shape = batch.shape
+    if batch.prefills:
+        return cost_model.price(shape)
+    return cost_model.price_decode(shape.decodes, shape.context_tokens, shape.context_max)
+
+
+class DeviceTime(NamedTuple):
+    """When an in-order device works on a step (ns)."""
+
+    start_ns: int
+    end_ns: int
+
+
+def device_time(cost: StepCost, begin_ns: int, launched_ns: int, free_ns: int) -> DeviceTime:
+    """An in-order device starts a step when it is launched and the device is free.
+
+    ``begin_ns`` .. ``launched_ns``: the host's launch. A CUDA graph starts when the launch is done. Eager kernels are
+    pipelined with it: the device starts at the first kernel and is never faster than the host launches.
+    """
+    if cost.graph:
+        start = max(launched_ns, free_ns)
+        return DeviceTime(start, start + cost.gpu_ns)
+    start = max(begin_ns + (launched_ns - begin_ns) // max(cost.kernels, 1), free_ns)
+    return DeviceTime(start, max(start + cost.gpu_ns, launched_ns))

@@ -1,0 +1,85 @@
+"""The tokens of a modelled device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from testbed.batch import Batch
+from testbed.request import Request
+from testbed.tokens import STEP, oracle_key, scale
+from testbed.workload.base import TimedRequest
+
+FAR = 1 << 62
+
+
+class Oracle:
+    """A token is a function of request and position alone, so that every mix-up shows. The oracle alone knows true output
+    lengths: it lists the rows that end before their ``max_new_tokens``."""
+
+    def __init__(self, seed: int, vocab_size: int, slots: int, key_of: Callable[[str], int] | None = None) -> None:
+        self._vocab_size = vocab_size
+        self._key_of = key_of or (lambda rid: oracle_key(seed, rid))
+        self._keys = np.zeros(slots, dtype=np.uint64)
+        self._stop_at: dict[str, int] = {}
+        """Output index at which a request stops, for those that stop before their max_new_tokens."""
+        self._rows: list[Request] | None = None
+        self._states = np.empty(0, np.uint64)
+        self._ends = np.empty(0, np.int64)
+        self._next_end = FAR
+
+    def expect(self, timed: TimedRequest) -> None:
+        """A request was sent: remember where it ends if that is before what the scheduler was told."""
+        request = timed.request
+        if request.max_new_tokens is None or timed.output_tokens < request.max_new_tokens or not request.ignore_eos:
+            self._stop_at[request.rid] = timed.output_tokens - 1
+
+    def result(self, batch: Batch) -> tuple[NDArray[np.int32], tuple[int, ...]]:
+        """Token ids, int32 [rows], and the rows that stop."""
+        first = self._prefill_states(batch) if batch.prefills else None
+        if batch.decodes:
+            if batch.decodes is not self._rows:
+                self._look_up(batch)
+            states = self._states + np.uint64(batch.advance * STEP % 2**64)
+            states = states if first is None else np.concatenate((first, states))
+        else:
+            assert first is not None
+            states = first
+        return scale(states, self._vocab_size), self._stops(batch) if self._stop_at else ()
+
+    def _look_up(self, batch: Batch) -> None:
+        """Per membership of the running batch: each row's state at advance 0, and the advance it ends at.
+
+        KV of length n holds tokens 0 .. n - 1, so the step that makes it n yields the token with index n of the
+        sequence: output number n - prompt_tokens.
+        """
+        self._rows = batch.decodes
+        self._states = self._keys[batch.slots] + batch.start.astype(np.uint64) * np.uint64(STEP)
+        stop_at = self._stop_at
+        ends = [r.joined + stop_at[r.rid] - r.old_outputs if r.rid in stop_at else FAR for r in batch.decodes]
+        self._ends = np.array(ends, dtype=np.int64)
+        self._next_end = int(self._ends.min())
+
+    def _prefill_states(self, batch: Batch) -> NDArray[np.uint64]:
+        """States of the first tokens. A slot's key is shifted, so that a token depends on its place in the sequence."""
+        states = np.empty(len(batch.prefills), dtype=np.uint64)
+        for row, (request, prefix, new, _) in enumerate(batch.prefills):
+            key = (self._key_of(request.rid) - STEP * request.prompt_tokens) % 2**64
+            self._keys[request.slot] = key
+            states[row] = (key + STEP * (prefix + new)) % 2**64
+        return states
+
+    def _stops(self, batch: Batch) -> tuple[int, ...]:
+        """Rows whose token is the last of a request that ends early."""
+        stops = []
+        for row, (request, _, _, last) in enumerate(batch.prefills):
+            if last and self._stop_at.get(request.rid, FAR) <= request.old_outputs:
+                stops.append(row)
+        if batch.decodes and batch.advance >= self._next_end:
+            first = len(batch.prefills)
+            stops.extend((np.flatnonzero(self._ends == batch.advance) + first).tolist())
+            later = self._ends[self._ends > batch.advance]
+            self._next_end = int(later.min()) if len(later) else FAR
+        return tuple(stops)
