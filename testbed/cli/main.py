@@ -74,7 +74,7 @@ def _flushed(status: int) -> int:
 
 
 def _error_report(arguments: Sequence[str], error: Exception) -> Path:
-    """Write what a developer needs to know about ``error``, here or, where that is forbidden, in the temporary folder."""
+    """Write what a developer needs to know: here or, where that is forbidden, in the temporary folder."""
     text = "\n".join(
         [
             f"command: testbed {shlex.join(arguments)}",
