@@ -1,0 +1,212 @@
+"""Cost models: the price of a step from the shape of its batch.
+
+``OperatorCostModel`` sums operators (``testbed.costs.operators``); ``ConstantCostModel`` is linear in tokens and rows,
+for cases that queueing theory can check. A user's own cost model has the methods of ``CostModel``.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from testbed.batch import BatchShape, StepCost
+from testbed.costs.devices import DeviceProfile
+from testbed.costs.operators import Operators
+from testbed.scenario.models import DTYPE_BYTES, ModelSpec
+from testbed.scenario.schema import ConstantDevice, EngineConfig
+
+Counts = NDArray[np.int64] | int
+"""A column of step counts, or one step's."""
+
+_LARGE_MEMORY_BYTES = 90e9
+"""Above it SGLang captures CUDA graphs up to 256 rows, below up to 160."""
+
+
+class CostModel(Protocol):
+    """What a runtime asks of a cost model."""
+
+    def price(self, shape: BatchShape) -> StepCost:
+        """The cost of a step of this shape."""
+        ...
+
+    def price_decode(self, rows: int, context_tokens: int, context_max: int) -> StepCost:
+        """The cost of a decode step; equals ``price`` of that shape."""
+        ...
+
+    def flops_and_bytes(
+        self, new_tokens: Counts, prefix_tokens: Counts, decode_rows: Counts, context_tokens: Counts, rows: Counts
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Model FLOPs and memory traffic of steps on one device, from the columns of the step records."""
+        ...
+
+    def breakdown(self, shape: BatchShape) -> dict[str, int]:
+        """Device time (ns) by operator."""
+        ...
+
+    def unmeasured(self) -> list[str]:
+        """Which operators are priced without a measurement of theirs, and how; for reports."""
+        ...
+
+
+def captured_sizes(max_rows: int) -> list[int]:
+    """Rows for which a CUDA graph exists, as SGLang captures them: 1, 2, 4, then every eighth up to ``max_rows``."""
+    sizes = {1, 2, 4, *range(8, max_rows + 1, 8), max_rows}
+    return sorted(size for size in sizes if size <= max_rows)
+
+
+class OperatorCostModel:
+    """Prices a step operator by operator, for one rank of one pipeline stage.
+
+    Products and element-wise operators see the sum of the batch's tokens, attention each part: a mixed batch costs its
+    linear work once and the sum of its attentions. A pure decode batch that a captured CUDA graph holds is padded to
+    that graph's rows (its attention is not: padding rows have no context). Raises InputError like ``Operators``.
+    """
+
+    def __init__(self, model: ModelSpec, device: DeviceProfile, engine: EngineConfig, stage: int = 0) -> None:
+        self.operators = Operators(model, device, engine, stage)
+        self._skew = device.decode_skew
+        largest = engine.cuda_graph_max_bs or (256 if device.memory_bytes > _LARGE_MEMORY_BYTES else 160)
+        self._captured = captured_sizes(largest) if engine.cuda_graph else []
+        self._kernels = self.operators.kernels
+        self._linear: dict[tuple[int, bool], float] = {}
+        self._head: dict[int, float] = {}
+        self._decode: dict[int, tuple[float, list[float], list[float], list[float], bool]] = {}
+
+    def price(self, shape: BatchShape) -> StepCost:
+        """The cost of a step; ``StepCost(0, 0, False)`` for an empty one."""
+        new_tokens, prefix_tokens, decodes, context_tokens, context_max = shape
+        if not new_tokens:
+            return self.price_decode(decodes, context_tokens, context_max) if decodes else StepCost(0, 0, False)
+        total = self._linear_ns(sum(new_tokens) + decodes, False) + self._head_ns(len(new_tokens) + decodes)
+        total += self.operators.prefill_ns(new_tokens, prefix_tokens)
+        kernels = self._kernels
+        if decodes:
+            total += self._attention_ns(decodes, context_tokens, context_max)
+        return StepCost(int(total), kernels, False)
+
+    def price_decode(self, rows: int, context_tokens: int, context_max: int) -> StepCost:
+        """The cost of a decode step. All that depends on ``rows`` alone is kept."""
+        base, xs, ys, slopes, graph = self._decode.get(rows) or self._decode_rows(rows)
+        mean = context_tokens / rows
+        if context_max > mean:
+            mean += self._skew * (context_max - mean)
+        i = bisect_right(xs, mean) - 1
+        return StepCost(int(base + ys[i] + (mean - xs[i]) * slopes[i]), self._kernels, graph)
+
+    def _decode_rows(self, rows: int) -> tuple[float, list[float], list[float], list[float], bool]:
+        tokens, graph = self._padded(rows)
+        curve = self.operators.decode_curve(rows)
+        base = self._linear_ns(tokens, graph) + self._head_ns(tokens)
+        self._decode[rows] = kept = (base, curve.xs, curve.ys, curve.slopes, graph)
+        return kept
+
+    def _padded(self, rows: int) -> tuple[int, bool]:
+        """Rows that a decode step computes, and whether a graph holds them."""
+        i = bisect_left(self._captured, rows)
+        return (self._captured[i], True) if i < len(self._captured) else (rows, False)
+
+    def _attention_ns(self, rows: int, context_tokens: int, context_max: int) -> float:
+        _, xs, ys, slopes, _ = self._decode.get(rows) or self._decode_rows(rows)
+        mean = context_tokens / rows
+        mean += self._skew * max(0.0, context_max - mean)
+        i = bisect_right(xs, mean) - 1
+        return ys[i] + (mean - xs[i]) * slopes[i]
+
+    def _linear_ns(self, tokens: int, graph: bool) -> float:
+        key = tokens, graph
+        total = self._linear.get(key)
+        if total is None:
+            self._linear[key] = total = sum(self.operators.linear_ns(tokens, graph).values())
+        return total
+
+    def _head_ns(self, rows: int) -> float:
+        total = self._head.get(rows)
+        if total is None:
+            self._head[rows] = total = sum(self.operators.head_ns(rows).values())
+        return total
+
+    def breakdown(self, shape: BatchShape) -> dict[str, int]:
+        """Device time (ns, rounded down) by operator; sums to the price but for rounding."""
+        tokens, rows, graph = sum(shape.new_tokens) + shape.decodes, len(shape.new_tokens) + shape.decodes, False
+        if not rows:
+            return {}
+        if not shape.new_tokens:
+            tokens, graph = self._padded(rows)
+            rows = tokens
+        parts = self.operators.linear_ns(tokens, graph) | self.operators.head_ns(rows)
+        if shape.new_tokens:
+            parts["prefill_attention"] = self.operators.prefill_ns(shape.new_tokens, shape.prefix_tokens)
+        if shape.decodes:
+            parts["decode_attention"] = self._attention_ns(shape.decodes, shape.context_tokens, shape.context_max)
+        return {name: int(ns) for name, ns in parts.items()}
+
+    def unmeasured(self) -> list[str]:
+        """Which operators are priced without a measurement of theirs, and how."""
+        return list(self.operators.unmeasured)
+
+    def flops_and_bytes(
+        self, new_tokens: Counts, prefix_tokens: Counts, decode_rows: Counts, context_tokens: Counts, rows: Counts
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Model FLOPs and memory traffic of steps on one device, float64, from columns of the step records.
+
+        FLOPs: two a weight and token, and four a head, dimension and score. Bytes: the weights that the step meets
+        once, KV read and written. A step's prefills are taken as equal: columns hold their sums (exact for one).
+        """
+        new, prefix, decodes, context, total = (
+            np.asarray(column, dtype=np.float64)
+            for column in (new_tokens, prefix_tokens, decode_rows, context_tokens, rows)
+        )
+        operators, model = self.operators, self.operators.model
+        tp, layers = operators.tp, operators.layers
+        tokens, prefills = new + decodes, np.maximum(total - decodes, 1.0)
+        experts = model.experts_per_token * model.expert_parameters
+        flops = 2.0 * layers / tp * (model.layer_linear_parameters + experts) * tokens
+        scores = context + new * prefix / prefills + new * (new / prefills + 1.0) / 2.0
+        flops += 4.0 * layers * operators.heads * model.head_dim * scores
+        size = DTYPE_BYTES[operators.weight_dtype]
+        active = operators.expected_experts(tokens) if model.is_moe else np.zeros_like(tokens)
+        weights = layers / tp * size * (model.layer_linear_parameters + active * model.expert_parameters)
+        traffic = weights + layers * operators.kv_token_bytes * (context + prefix + tokens)
+        if operators.is_last:
+            flops += 2.0 * model.hidden * model.vocab / tp * total
+            traffic = traffic + model.hidden * model.vocab / tp * operators.size
+        return flops, np.where(tokens > 0, traffic, 0.0)
+
+
+class ConstantCostModel:
+    """Step times that are linear in tokens and rows: no model, no kernels to launch, one graph."""
+
+    def __init__(self, device: ConstantDevice) -> None:
+        self._device = device
+
+    def price(self, shape: BatchShape) -> StepCost:
+        """Prefill: ``prefill_ns + prefill_token_ns * tokens``; decode: ``decode_ns + decode_row_ns * rows``; or both."""
+        return StepCost(sum(self.breakdown(shape).values()), 0, True)
+
+    def price_decode(self, rows: int, context_tokens: int, context_max: int) -> StepCost:
+        """``decode_ns + decode_row_ns * rows``; contexts cost nothing."""
+        device = self._device
+        return StepCost(int(device.decode_ns + device.decode_row_ns * rows) if rows else 0, 0, True)
+
+    def breakdown(self, shape: BatchShape) -> dict[str, int]:
+        """The prefill part and the decode part, ns."""
+        device, parts = self._device, {}
+        if shape.new_tokens:
+            parts["prefill"] = int(device.prefill_ns + device.prefill_token_ns * sum(shape.new_tokens))
+        if shape.decodes:
+            parts["decode"] = int(device.decode_ns + device.decode_row_ns * shape.decodes)
+        return parts
+
+    def unmeasured(self) -> list[str]:
+        """That nothing here is measured."""
+        return ["every step: constants of the scenario"]
+
+    def flops_and_bytes(
+        self, new_tokens: Counts, prefix_tokens: Counts, decode_rows: Counts, context_tokens: Counts, rows: Counts
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Zeros: constants know neither."""
+        zeros = np.zeros(np.shape(rows), dtype=np.float64)
+        return zeros, zeros.copy()

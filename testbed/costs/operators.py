@@ -1,0 +1,267 @@
+"""What one device computes in a step, operator by operator, and what each operator costs there.
+
+``Operators`` knows a model, a device and an engine's settings; it holds one curve or function an operator, made once.
+Counts are for one rank of a tensor-parallel group. An operator with a measured table is priced from it and never below
+its roofline; one without is priced by the profile's formula and listed in ``unmeasured``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from testbed.costs.capacity import kv_dtype, stage_layers
+from testbed.costs.devices import DeviceProfile
+from testbed.costs.tables import Curve, DecodeAttention, GemmTable, MoeTable, PrefillAttention
+from testbed.scenario.errors import InputError
+from testbed.scenario.models import DTYPE_BYTES, ModelSpec
+from testbed.scenario.schema import EngineConfig
+
+_M = [1 << i for i in range(16)]
+"""Knots of a curve that a formula fills: exact between them, formulas being convex and nearly linear."""
+_HALF = ("bfloat16", "float16")
+_SAMPLING_KERNELS = 6
+"""Temperature, softmax, sampling and the copies around them: a guess."""
+
+
+class Operators:
+    """Operator times (ns, float) of one pipeline stage. Raises InputError when the model cannot be split or computed."""
+
+    def __init__(self, model: ModelSpec, device: DeviceProfile, engine: EngineConfig, stage: int = 0) -> None:
+        parallel = engine.parallel
+        model.check_parallel(parallel.tp, parallel.pp, parallel.ep)
+        if parallel.tp > device.devices_per_node:
+            message = f"tp {parallel.tp} spans nodes of {device.devices_per_node} devices, which is not modelled"
+            raise InputError(message, where="engine.parallel.tp", remedy=f"at most {device.devices_per_node}")
+        self.model, self.device, self.tp, self.ep = model, device, parallel.tp, parallel.ep
+        self.dtype = engine.dtype
+        self.weight_dtype = engine.dtype if engine.quantization == "none" else engine.quantization
+        self.kv_dtype = kv_dtype(engine)
+        device.peak(self.dtype)
+        device.peak(self.weight_dtype)
+        self.layers = stage_layers(model, parallel.pp, stage)
+        self.is_first, self.is_last = stage == 0, stage == parallel.pp - 1
+        self.heads, self.kv_heads = model.heads // self.tp, model.kv_heads_per_gpu(self.tp)
+        self.size = DTYPE_BYTES[self.dtype]
+        self.kv_token_bytes = 2 * self.kv_heads * model.head_dim * DTYPE_BYTES[self.kv_dtype]
+        self.unmeasured: list[str] = []
+        self._gemms = {name: self._gemm(name, *shape, self.weight_dtype) for name, shape in self._shapes().items()}
+        if model.is_moe:
+            self._gemms["router"] = self._gemm("router", model.experts, model.hidden, self.dtype)
+            self._gemms["experts"] = self._experts()
+        self._lm_head = self._gemm("lm_head", -(-model.vocab // self.tp), model.hidden, self.dtype)
+        self._prefill = self._prefill_attention()
+        self._decode = self._decode_attention()
+        self._reduce = {graph: self._all_reduce(graph) for graph in (True, False)} if self.tp > 1 else {}
+        self._note_formulas()
+
+    # ---- shapes ------------------------------------------------------------------------------------------------------
+
+    def _shapes(self) -> dict[str, tuple[int, int]]:
+        """(n, k) of a layer's dense products on this rank."""
+        model, dim = self.model, self.model.head_dim
+        shapes = {
+            "qkv": ((self.heads + 2 * self.kv_heads) * dim, model.hidden),
+            "o": (model.hidden, self.heads * dim),
+        }
+        if not model.is_moe:
+            width = -(-model.intermediate // self.tp)
+            shapes |= {"gate_up": (2 * width, model.hidden), "down": (model.hidden, width)}
+        return shapes
+
+    @property
+    def expert_width(self) -> int:
+        """Width of a routed expert on this rank."""
+        return -(-self.model.moe_intermediate * self.ep // self.tp)
+
+    def small_operators(self) -> dict[str, tuple[float, int]]:
+        """A layer's memory-bound operators: bytes moved a token, and kernels."""
+        model, size = self.model, self.size
+        heads_width = (self.heads + self.kv_heads) * model.head_dim
+        written = 2 * self.kv_heads * model.head_dim * (size + DTYPE_BYTES[self.kv_dtype])
+        out = {
+            "norms": (2 * 4 * model.hidden * size, 2),  # each reads and writes the hidden state and the residual
+            "rope": (2 * heads_width * size, 1),
+            "kv_write": (written, 1),
+        }
+        if model.qk_norm:
+            out["qk_norm"] = (2 * heads_width * size, 2)
+        if model.is_moe:
+            out["topk"] = (model.experts * 4 + model.experts_per_token * 8, 1)
+        else:
+            out["activation"] = (3 * -(-model.intermediate // self.tp) * size, 1)
+        if self.weight_dtype != self.dtype:
+            inputs = [k for _, k in self._shapes().values()]
+            out["quantize"] = (sum(inputs) * (size + DTYPE_BYTES[self.weight_dtype]), len(inputs))
+        return out
+
+    @property
+    def kernels(self) -> int:
+        """Kernels of a step: the operators of every layer, and those before and after the layers."""
+        dense = len(self._shapes())
+        attention = 2  # one over the splits of the context, one that merges them
+        experts = 6 if self.model.is_moe else 0  # router, sorting (2), two grouped products, activation and sum
+        small = sum(kernels for _, kernels in self.small_operators().values())
+        layer = dense + attention + experts + small + (2 if self.tp > 1 else 0)
+        head = (2 + _SAMPLING_KERNELS + (1 if self.tp > 1 else 0)) if self.is_last else 0
+        return self.layers * layer + (1 if self.is_first else 0) + head
+
+    # ---- curves ------------------------------------------------------------------------------------------------------
+
+    def _gemm_roofline(self, dtype: str) -> tuple[float, float]:
+        return self.device.peak(dtype), self.device.bytes_per_ns / DTYPE_BYTES[dtype]
+
+    def _gemm(self, name: str, n: int, k: int, dtype: str) -> Curve:
+        """Time over tokens. The roofline's bytes are the weights: activations may be in the cache."""
+        peak, weights_per_ns = self._gemm_roofline(dtype)
+
+        def roofline(m: float, n: int, k: int) -> float:
+            return max(2.0 * m * n * k / peak, n * k / weights_per_ns)
+
+        data = self.device.tables.get("gemm", {}).get("bfloat16" if dtype in _HALF else dtype)
+        if data is None:
+            self.unmeasured.append(f"{name} GEMM in {dtype}: formula")
+            size = DTYPE_BYTES[dtype]
+            times = [self.device.formula_ns(2.0 * m * n * k, size * (n * k + m * (n + k)), dtype) for m in _M]
+            return Curve(_M, times)
+        table = GemmTable(data)
+        if dtype == "float16":
+            self.unmeasured.append(f"{name} GEMM in float16: the table of bfloat16")
+        if not table.holds(n, k):
+            self.unmeasured.append(f"{name} GEMM n={n} k={k}: utilisation of the nearest measured shape")
+        return table.curve(n, k, roofline)
+
+    def expected_experts(self, tokens: float) -> float:
+        """Experts of a layer that ``tokens`` tokens activate when each picks evenly."""
+        model = self.model
+        return model.experts * (1.0 - (1.0 - model.experts_per_token / model.experts) ** tokens)
+
+    def _experts(self) -> Curve:
+        """Time over tokens of a layer's routed experts on this rank, their activation included."""
+        model, dtype = self.model, self.weight_dtype
+        peak, per_ns = self.device.peak(dtype), self.device.bytes_per_ns / DTYPE_BYTES[dtype]
+
+        def roofline(tokens: float, hidden: int, width: int, topk: int, experts: int) -> float:
+            active = experts * (1.0 - (1.0 - topk / experts) ** tokens)
+            return max(6.0 * tokens * topk * hidden * width / peak, 3.0 * active * hidden * width / per_ns)
+
+        shape = (model.hidden, self.expert_width, model.experts_per_token, model.experts)
+        data = self.device.tables.get("moe", {}).get("bfloat16" if dtype in _HALF else dtype)
+        if data is None:
+            self.unmeasured.append(f"routed experts in {dtype}: formula")
+            formula = self.device.formula
+            slack = min(formula.compute_efficiency, formula.memory_efficiency)
+            floor = 5 * formula.kernel_ns
+            return Curve(_M, [roofline(m, *shape) / slack / self.ep + floor for m in _M])
+        table = MoeTable(data)
+        if not table.holds(*shape):
+            self.unmeasured.append(f"routed experts {shape}: utilisation of the nearest measured shape")
+        if self.ep > 1:
+            self.unmeasured.append("expert parallelism: the time of all experts, divided; no imbalance, no all-to-all")
+        curve = table.curve(roofline, *shape)
+        return Curve(curve.xs, [y / self.ep for y in curve.ys])
+
+    def _prefill_attention(self) -> PrefillAttention | None:
+        data = self.device.tables.get("prefill")
+        if not data or self.dtype not in _HALF:
+            self.unmeasured.append(f"prefill attention in {self.dtype}: formula")
+            return None
+        table = PrefillAttention(data, self.heads, self.kv_heads, self.model.head_dim)
+        if not table.exact:
+            self.unmeasured.append("prefill attention: nearest measured heads, batch scaled to them")
+        if not table.measures_prefix:
+            self.unmeasured.append("prefill attention behind a cached prefix: as the whole prompt of equal work")
+        if self.kv_dtype not in _HALF:
+            self.unmeasured.append(f"prefill attention with {self.kv_dtype} KV: the table of bfloat16")
+        return table
+
+    def _decode_attention(self) -> DecodeAttention | None:
+        data = self.device.tables.get("decode", {}).get("bfloat16" if self.kv_dtype in _HALF else self.kv_dtype)
+        if not data or self.dtype not in _HALF:
+            self.unmeasured.append(f"decode attention in {self.dtype} with {self.kv_dtype} KV: formula")
+            return None
+        table = DecodeAttention(data, self.heads, self.kv_heads, self.model.head_dim)
+        if not table.exact:
+            self.unmeasured.append("decode attention: nearest measured heads, batch scaled to them")
+        return table
+
+    def _all_reduce(self, graph: bool) -> Curve:
+        """Time over elements. An eager call costs on the device what the graph's does, plus its copy into the shared
+        buffer; the floor of the eager table is launching, which the host profile prices.
+        """
+        device, size, formula = self.device, DTYPE_BYTES[self.dtype], self.device.formula
+        data = device.tables.get("all_reduce", {})
+        in_graph = data.get("graph", {}).get(str(self.tp))
+        if in_graph is None or self.dtype not in _HALF:
+            if graph:
+                self.unmeasured.append(f"all-reduce over {self.tp} devices: formula")
+            per_element = 2.0 * (self.tp - 1) / self.tp * size / (formula.link_efficiency * device.link_bytes_per_ns)
+            knots = [1 << i for i in range(0, 31, 2)]
+            return Curve(knots, [formula.all_reduce_ns + per_element * x for x in knots])
+        times = in_graph
+        eager = data.get("eager", {}).get(str(self.tp))
+        if not graph and eager is not None:
+            times = [max(g, g0) for g, g0 in zip(in_graph, (e - eager[0] + in_graph[0] for e in eager), strict=True)]
+        return Curve(data["elements"], times).raised(lambda x: x * size / device.link_bytes_per_ns)
+
+    def _note_formulas(self) -> None:
+        self.unmeasured.append("norms, rope, KV write, activation, embedding: bytes at a stated efficiency")
+        self.unmeasured.append("sampling: a constant and the logits' bytes")
+        self.unmeasured.append(f"decode rows of unequal context: {self.device.decode_skew:g} of the way to the longest")
+        if self.tp > 1:
+            self.unmeasured.append("gathering logits: formula")
+
+    # ---- times -------------------------------------------------------------------------------------------------------
+
+    def linear_ns(self, tokens: int, graph: bool) -> dict[str, float]:
+        """What depends on the tokens of a step alone: every layer's products, small operators and all-reduces."""
+        layers, device = self.layers, self.device
+        out = {name: layers * curve.at(tokens) for name, curve in self._gemms.items()}
+        per_ns = device.formula.memory_efficiency * device.bytes_per_ns
+        for name, (token_bytes, kernels) in self.small_operators().items():
+            out[name] = layers * (tokens * token_bytes / per_ns + kernels * device.formula.kernel_ns)
+        if self.tp > 1:
+            out["all_reduce"] = layers * 2 * self._reduce[graph].at(tokens * self.model.hidden)
+        if self.is_first:
+            out["embedding"] = 2 * tokens * self.model.hidden * self.size / per_ns + device.formula.kernel_ns
+        return out
+
+    def head_ns(self, rows: int) -> dict[str, float]:
+        """The last stage's work on the rows that sample: final norm, output head, gathering of logits, sampling."""
+        if not self.is_last or rows == 0:
+            return {}
+        device, model, formula = self.device, self.model, self.device.formula
+        per_ns = formula.memory_efficiency * device.bytes_per_ns
+        logits = 4.0 * rows * model.vocab
+        out = {
+            "final_norm": 4 * rows * model.hidden * self.size / per_ns + formula.kernel_ns,
+            "lm_head": self._lm_head.at(rows),
+            "sampling": 2 * logits / per_ns + formula.sampling_ns,
+        }
+        if self.tp > 1:
+            link = formula.link_efficiency * device.link_bytes_per_ns
+            gathered = rows * model.vocab * self.size * (self.tp - 1) / self.tp
+            out["gather_logits"] = gathered / link + formula.all_reduce_ns
+        return out
+
+    def prefill_ns(self, new_tokens: Sequence[int], prefix_tokens: Sequence[int]) -> float:
+        """Prefill attention of a batch in every layer."""
+        scores = sum(n * p + n * (n + 1) // 2 for n, p in zip(new_tokens, prefix_tokens, strict=True))
+        flops = 4.0 * self.heads * self.model.head_dim * scores
+        kv_bytes = float(self.kv_token_bytes * sum(prefix_tokens))
+        if self._prefill is None:
+            return self.layers * self.device.formula_ns(flops, kv_bytes, self.dtype)
+        least = self.device.roofline_ns(flops, kv_bytes, self.dtype)
+        return self.layers * max(self._prefill.at(new_tokens, prefix_tokens), least)
+
+    def decode_curve(self, rows: int) -> Curve:
+        """Decode attention of ``rows`` rows in every layer, over their mean context; the first knot is at 0."""
+        flops = 4.0 * rows * self.heads * self.model.head_dim
+        kv_bytes = float(rows * self.kv_token_bytes)
+        device, dtype = self.device, self.dtype
+        if self._decode is None:
+            knots = [1.0, 1024.0]
+            curve = Curve(knots, [device.formula_ns(flops * c, kv_bytes * c, dtype) for c in knots])
+        else:
+            curve = self._decode.curve(rows, lambda c: device.roofline_ns(flops * c, kv_bytes * c, dtype))
+        ys = [self.layers * y for y in curve.ys]
+        return Curve([0.0, *curve.xs], [ys[0], *ys])
