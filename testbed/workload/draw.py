@@ -138,8 +138,8 @@ def quantile_table(law: Empirical) -> Quantiles:
 
 
 def whole_tokens(draws: Floats) -> NDArray[np.int64]:
-    """Lengths, int64 [n]: rounded to the nearest, at least 1."""
-    return np.maximum(np.floor(draws + 0.5), 1).astype(np.int64)
+    """Lengths, int64 [n]: rounded to the nearest, at least 1 (and at most what 31 bits hold)."""
+    return np.clip(np.floor(draws + 0.5), 1, 2**31 - 1).astype(np.int64)
 
 
 def _constant(value: float, u: Floats) -> Floats:

@@ -81,8 +81,7 @@ def _sampled_pairs(law: PairLengths, seed: int, base_dir: Path) -> Iterator[tupl
     else:
         pairs = np.stack(_columns(str(law.file), base_dir), axis=1).astype(np.int64)
     for u in blocks(Uniforms(seed, "length pairs")):
-        for prompt_tokens, output_tokens in pairs[(u * len(pairs)).astype(np.int64)].tolist():
-            yield prompt_tokens, output_tokens
+        yield from map(tuple, pairs[(u * len(pairs)).astype(np.int64)].tolist())
 
 
 def _columns(file: str, base_dir: Path) -> tuple[Floats, Floats]:
