@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from testbed.costs.capacity import kv_capacity_tokens
@@ -10,7 +11,7 @@ from testbed.costs.host import HostProfile, constant_host, host_presets, load_ho
 from testbed.costs.model import ConstantCostModel, CostModel, OperatorCostModel
 from testbed.scenario.models import load_model
 from testbed.scenario.plugins import load_plugin
-from testbed.scenario.schema import HostConstant
+from testbed.scenario.schema import ConstantDevice, HostConstant
 
 if TYPE_CHECKING:
     from testbed.scenario.schema import Scenario
@@ -31,24 +32,35 @@ __all__ = [
 ]
 
 
-def build_cost_model(scenario: Scenario, stage: int = 0) -> CostModel:
-    """The cost model of a scenario, for one pipeline stage.
+def build_cost_model(scenario: Scenario, stage: int = 0, base_dir: str | Path = ".") -> CostModel:
+    """The cost model of a scenario, for one pipeline stage; relative paths in it are looked for in ``base_dir`` first.
 
     ``scenario.cost_model`` names the user's own, called with (model, device, engine), where device is a profile or the
     scenario's constants. Else constants give a ``ConstantCostModel`` and a profile an ``OperatorCostModel``.
     Raises InputError when a preset or file does not exist or the model does not fit the device's dtypes or parallelism.
     """
-    model = load_model(scenario.model)
-    device = load_device(scenario.device) if isinstance(scenario.device, str) else scenario.device.constant
+    model = load_model(_beside(scenario.model, base_dir))
+    device: DeviceProfile | ConstantDevice
+    if isinstance(scenario.device, str):
+        device = load_device(_beside(scenario.device, base_dir))
+    else:
+        device = scenario.device.constant
     if scenario.cost_model is not None:
-        return cast("CostModel", load_plugin(scenario.cost_model, where="cost_model")(model, device, scenario.engine))
+        build = load_plugin(scenario.cost_model, base_dir, where="cost_model")
+        return cast("CostModel", build(model, device, scenario.engine))
     if isinstance(device, DeviceProfile):
         return OperatorCostModel(model, device, scenario.engine, stage)
     return ConstantCostModel(device)
 
 
-def build_host_profile(scenario: Scenario) -> HostProfile:
+def build_host_profile(scenario: Scenario, base_dir: str | Path = ".") -> HostProfile:
     """The host profile of a scenario. Raises InputError when there is no such profile or it is not valid."""
     if isinstance(scenario.host, HostConstant):
         return constant_host(scenario.host.constant.iteration_ns)
-    return load_host(scenario.host, tp=scenario.engine.parallel.tp)
+    return load_host(_beside(scenario.host, base_dir), tp=scenario.engine.parallel.tp)
+
+
+def _beside(name: str, base_dir: str | Path) -> str:
+    """``name``, or the path of that name in ``base_dir`` when a file or a model folder is there."""
+    path = Path(base_dir) / name
+    return str(path) if path.is_file() or (path / "config.json").is_file() else name

@@ -1,8 +1,8 @@
 """Compact device profiles from public measurements: ``python -m testbed.costs.derive``.
 
-Reads ``measured/aiconfigurator_kernels`` and ``measured/llmservingsim_profiles`` under the data root and writes, for each
-device, ``devices/NAME.json`` (operator tables) beside the hand-written ``devices/NAME.yaml`` (datasheet, sources). The
-bytes of the output depend on the input only.
+Reads ``measured/aiconfigurator_kernels`` and ``measured/llmservingsim_profiles`` under the data root and writes, for
+each device, ``devices/NAME.json`` (operator tables) beside the hand-written ``devices/NAME.yaml`` (datasheet, sources).
+The bytes of the output depend on the input only.
 
 What is done to the measurements, in this order:
 
@@ -31,8 +31,13 @@ from testbed.scenario.errors import InputError
 from testbed.scenario.models import load_model
 from testbed.scenario.paths import data_root
 
+Matrix = NDArray[np.float64]
 DEVICES = Path(__file__).parent / "devices"
-GEMM_M = (1, 2, 4, 8, 16, 32, 48, 64, 80, 96, 128, 160, 192, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 32768)
+GEMM_M = (
+    *(1, 2, 4, 8, 16, 32, 48, 64, 80, 96, 128, 160, 192, 256),
+    *(512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 32768),
+)
+"""Tokens at which products are kept."""
 GEMM_LEAST = 256
 """Narrower products than this do not occur in a decoder's layers."""
 HEAD_DIMS = (64, 128)
@@ -151,8 +156,8 @@ def rising_both(times: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(np.isfinite(pooled), highest, np.nan)
 
 
-def cold(times: NDArray[np.float64], context: NDArray[np.float64], kv_bytes: NDArray[np.float64], l2: float) -> NDArray[np.float64]:
-    """Decode attention [batch, context] as if no KV lay in the L2 cache of ``l2`` bytes (see the module)."""
+def cold(times: Matrix, context: NDArray[np.float64], kv_bytes: Matrix, l2: float) -> Matrix:
+    """Decode attention ``times`` and ``kv_bytes`` [batch, context], as if no KV lay in an L2 cache of ``l2`` bytes."""
     out = times.copy()
     for row, size in zip(out, kv_bytes, strict=True):
         fits = (size <= l2) & np.isfinite(row)

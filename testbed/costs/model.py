@@ -167,7 +167,7 @@ class OperatorCostModel:
         scores = context + new * prefix / prefills + new * (new / prefills + 1.0) / 2.0
         flops += 4.0 * layers * operators.heads * model.head_dim * scores
         size = DTYPE_BYTES[operators.weight_dtype]
-        active = operators.expected_experts(tokens) if model.is_moe else np.zeros_like(tokens)
+        active = operators.expected_experts(tokens) if model.is_moe else 0.0
         weights = layers / tp * size * (model.layer_linear_parameters + active * model.expert_parameters)
         traffic = weights + layers * operators.kv_token_bytes * (context + prefix + tokens)
         if operators.is_last:
@@ -183,7 +183,7 @@ class ConstantCostModel:
         self._device = device
 
     def price(self, shape: BatchShape) -> StepCost:
-        """Prefill: ``prefill_ns + prefill_token_ns * tokens``; decode: ``decode_ns + decode_row_ns * rows``; or both."""
+        """``prefill_ns + prefill_token_ns * tokens``, ``decode_ns + decode_row_ns * rows``, or the sum of the two."""
         return StepCost(sum(self.breakdown(shape).values()), 0, True)
 
     def price_decode(self, rows: int, context_tokens: int, context_max: int) -> StepCost:

@@ -8,6 +8,10 @@ its roofline; one without is priced by the profile's formula and listed in ``unm
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from testbed.costs.capacity import kv_dtype, stage_layers
 from testbed.costs.devices import DeviceProfile
@@ -16,6 +20,7 @@ from testbed.scenario.errors import InputError
 from testbed.scenario.models import DTYPE_BYTES, ModelSpec
 from testbed.scenario.schema import EngineConfig
 
+Count = TypeVar("Count", float, NDArray[np.float64])
 _M = [1 << i for i in range(16)]
 """Knots of a curve that a formula fills: exact between them, formulas being convex and nearly linear."""
 _HALF = ("bfloat16", "float16")
@@ -24,7 +29,7 @@ _SAMPLING_KERNELS = 6
 
 
 class Operators:
-    """Operator times (ns, float) of one pipeline stage. Raises InputError when the model cannot be split or computed."""
+    """Operator times (ns, float) of a pipeline stage. Raises InputError if the model cannot be split or computed."""
 
     def __init__(self, model: ModelSpec, device: DeviceProfile, engine: EngineConfig, stage: int = 0) -> None:
         parallel = engine.parallel
@@ -73,12 +78,12 @@ class Operators:
         """Width of a routed expert on this rank."""
         return -(-self.model.moe_intermediate * self.ep // self.tp)
 
-    def small_operators(self) -> dict[str, tuple[float, int]]:
+    def small_operators(self) -> dict[str, tuple[int, int]]:
         """A layer's memory-bound operators: bytes moved a token, and kernels."""
         model, size = self.model, self.size
         heads_width = (self.heads + self.kv_heads) * model.head_dim
         written = 2 * self.kv_heads * model.head_dim * (size + DTYPE_BYTES[self.kv_dtype])
-        out = {
+        out: dict[str, tuple[int, int]] = {
             "norms": (2 * 4 * model.hidden * size, 2),  # each reads and writes the hidden state and the residual
             "rope": (2 * heads_width * size, 1),
             "kv_write": (written, 1),
@@ -130,7 +135,7 @@ class Operators:
             self.unmeasured.append(f"{name} GEMM n={n} k={k}: utilisation of the nearest measured shape")
         return table.curve(n, k, roofline)
 
-    def expected_experts(self, tokens: float) -> float:
+    def expected_experts(self, tokens: Count) -> Count:
         """Experts of a layer that ``tokens`` tokens activate when each picks evenly."""
         model = self.model
         return model.experts * (1.0 - (1.0 - model.experts_per_token / model.experts) ** tokens)
