@@ -23,7 +23,7 @@ class LoopContext:
     async def recv_requests(self, block: bool) -> None:
         """Take in every message that has arrived; with ``block``, wait for one."""
         self.now_ns, messages = await self.inbox.recv(block)
-        self.cpu.charge(Stage.RECEIVE, admitted=len(messages))
+        self.cpu.charge(Stage.RECEIVE, 0, 0, len(messages))
         for message in messages:
             for output in self.scheduler.handle_message(self.now_ns, message):
                 self.outbox.send(output)
@@ -32,9 +32,12 @@ class LoopContext:
         """The scheduler's decision."""
         scheduler = self.scheduler
         batch = scheduler.get_next_batch_to_run(self.now_ns)
-        rows = len(scheduler.running)
+        rows = len(scheduler.running.requests)
         if batch is None:
             self.cpu.charge(Stage.SCHEDULE, rows, waiting=scheduler.scanned)
+        elif not batch.prefills:
+            self.cpu.charge(Stage.SCHEDULE, rows, 0, 0, scheduler.scanned)
+            self.cpu.charge(Stage.PREPARE, rows)
         else:
             new_tokens = sum(batch.shape.new_tokens)
             matched = scheduler.matched_tokens + scheduler.matched_in_policy

@@ -29,15 +29,13 @@ class Recorder:
         self._steps = array("q")
         self._ratios = array("d")
         self._spans = array("q")
+        self.span = self._spans.extend
+        """``span((stage, step, begin_ns, end_ns))``: a host span (the array's own method: it is called often)."""
         self._ended: dict[str, tuple[Request, int, int]] = {}
 
     def count(self, name: str, by: int = 1) -> None:
         """Add to a whole-run counter."""
         self.counters[name] = self.counters.get(name, 0) + by
-
-    def span(self, name: int, step: int, begin_ns: int, end_ns: int) -> None:
-        """A host span (``name`` is a Stage)."""
-        self._spans.extend((name, step, begin_ns, end_ns))
 
     def step(self, batch: Batch, result: StepResult) -> None:
         """A launched batch whose result has been processed; called in launch order."""
@@ -49,11 +47,11 @@ class Recorder:
                 result.launch_ns,
                 result.start_ns,
                 result.end_ns,
-                len(batch.prefills) + len(batch.decodes),
+                len(batch.prefills) + shape.decodes,
                 len(batch.prefills),
-                sum(shape.new_tokens),
-                sum(shape.prefix_tokens),
-                len(batch.decodes),
+                sum(shape.new_tokens) if batch.prefills else 0,
+                sum(shape.prefix_tokens) if batch.prefills else 0,
+                shape.decodes,
                 batch.extra_rows,
                 shape.context_tokens,
                 batch.evicted_tokens,

@@ -49,7 +49,8 @@ class VirtualRuntime:
         self.traffic = Traffic(workload, oracle)
         self._cost_model = cost_model
         self._host = host
-        self._recorder = recorder
+        self._span = recorder.span
+        self._prices: dict[int, int] = {}
         self._oracle = oracle
         self._local_ns = 0
         """The loop's own clock; never behind ``env.now`` while the loop runs."""
@@ -90,7 +91,8 @@ class VirtualRuntime:
 
     async def recv(self, block: bool) -> tuple[int, list[Message]]:
         """See ports.Inbox."""
-        await self._settle()
+        if self.env.peek() <= self._local_ns:
+            await self._settle()
         if self.traffic.tied_to_iterations:
             self._delivered.extend(self.traffic.due(self.iteration, self._local_ns))
             block = block and not self.traffic.tied_to_iterations
@@ -121,22 +123,32 @@ class VirtualRuntime:
         matched_tokens: int = 0,
     ) -> None:
         """See ports.Cpu: adds the modelled cost to the loop's own clock."""
-        cost_ns = self._host.price(stage, rows, new_tokens, admitted, waiting, matched_tokens)
+        if new_tokens or admitted or waiting or matched_tokens:
+            cost_ns = self._host.price(stage, rows, new_tokens, admitted, waiting, matched_tokens)
+        else:
+            key = rows << 3 | stage
+            known = self._prices.get(key)
+            cost_ns = self._price(key, stage, rows) if known is None else known
         if cost_ns:
             begin = self._local_ns
             self._local_ns = end = begin + cost_ns
-            step = self._launches if stage <= Stage.SAMPLE else self._processed
-            self._recorder.span(stage, step, begin, end)
+            self._span((stage, self._launches if stage < Stage.WAIT else self._processed, begin, end))
+
+    def _price(self, key: int, stage: Stage, rows: int) -> int:
+        """The cost of a stage that depends on the batch size alone, remembered."""
+        self._prices[key] = cost_ns = self._host.price(stage, rows)
+        return cost_ns
 
     async def sleep(self, duration_ns: int) -> None:
         """See ports.Cpu."""
         self._local_ns += duration_ns
-        await self._settle()
+        if self.env.peek() <= self._local_ns:
+            await self._settle()
 
     async def _settle(self) -> None:
-        """Pay the debt to SimPy's clock, unless nothing of anybody else happens until then."""
-        if self.env.peek() <= self._local_ns:
-            await wait(self.env.timeout(self._local_ns - self.env.now))
+        """Pay the debt to SimPy's clock. Called only when somebody else's event comes before the loop's own time: else
+        nobody would notice, and the debt is carried on without an event."""
+        await wait(self.env.timeout(self._local_ns - self.env.now))
 
     # -- Executor --------------------------------------------------------------------------------------------------------
 
@@ -147,19 +159,13 @@ class VirtualRuntime:
         begin = self._local_ns
         if launch_ns:
             self._local_ns = begin + launch_ns
-            self._recorder.span(Stage.LAUNCH, self._launches, begin, self._local_ns)
+            self._span((Stage.LAUNCH, self._launches, begin, self._local_ns))
         start, end = device_time(cost, begin, self._local_ns, self._device_free_ns)
         self._device_free_ns = end
         self.charge(Stage.SAMPLE, batch.rows)
         self._launches += 1
         token_ids, stopped = self._oracle.result(batch)
         return _Launched(self, StepResult(token_ids, stopped, begin, start, end, cost.graph))
-
-    async def device_done(self, result: StepResult) -> None:
-        """Wait until the device has ended a batch."""
-        self._local_ns = max(self._local_ns, result.end_ns)
-        await self._settle()
-        self.charge(Stage.WAIT, len(result.token_ids))
 
     # -- Outbox ----------------------------------------------------------------------------------------------------------
 
@@ -190,8 +196,13 @@ class _Launched:
 
     async def result(self) -> StepResult:
         """See ports.Pending."""
-        await self._runtime.device_done(self._result)
-        return self._result
+        runtime, result = self._runtime, self._result
+        if runtime._local_ns < result.end_ns:
+            runtime._local_ns = result.end_ns
+        if runtime.env.peek() <= runtime._local_ns:
+            await runtime._settle()
+        runtime.charge(Stage.WAIT, len(result.token_ids))
+        return result
 
 
 def where_it_waits(coroutine: types.CoroutineType[Any, Any, Any]) -> str:

@@ -146,7 +146,7 @@ class PacedRuntime:
         while now < until:
             now = self.now_ns()
         step = self._launches if stage <= Stage.SAMPLE else self._processed
-        self._recorder.span(stage, step, self._mark_ns, now)
+        self._recorder.span((stage, step, self._mark_ns, now))
         self._mark_ns = now
 
     async def sleep(self, duration_ns: int) -> None:

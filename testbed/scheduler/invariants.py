@@ -33,7 +33,7 @@ class Invariants:
 
     def __init__(self, scheduler: Scheduler, every_step: bool) -> None:
         self._scheduler = scheduler
-        self._every_step = every_step
+        self.every_step = every_step
         self._ended: set[int] = set()
         self.evaluations = {"pages": 0, "full": 0, "batch": 0, "ended_once": 0, "idle": 0}
 
@@ -46,15 +46,9 @@ class Invariants:
     def after_decision(self, batch: Batch) -> None:
         """Every launch: totals, and the batch's own limits."""
         self.pages()
-        if batch.prefills or self._every_step:
+        if batch.prefills or self.every_step:
             self.batch(batch)
-        if self._every_step or batch.index % FULL_EVERY == 0:
-            self.full()
-
-    def after_result(self, batch: Batch) -> None:
-        """Every processed result: totals."""
-        self.pages()
-        if self._every_step:
+        if self.every_step or batch.index % FULL_EVERY == 0:
             self.full()
 
     def when_idle(self) -> None:
@@ -143,8 +137,12 @@ class Invariants:
         ]
         nodes = list(memory.cache.nodes())
         parts = [memory.allocator.free_list(), memory.allocator.quarantine_list(), *owned, *(n.pages for n in nodes)]
-        pages = np.sort(np.concatenate(parts))
-        whole = len(pages) == memory.allocator.num_pages and bool((pages == np.arange(1, len(pages) + 1)).all())
+        # As many entries as pages, and every page met: then every page is met once.
+        met = np.zeros(memory.allocator.num_pages + 1, dtype=np.bool_)
+        met[0] = True
+        for part in parts:
+            met[part] = True
+        whole = sum(map(len, parts)) == memory.allocator.num_pages and bool(met.all())
         self._require(whole, "full", "the pages are not partitioned among free, cached, owned and quarantined")
         self._require(sum(map(len, owned)) == memory.owned_pages, "full", "owned pages miscounted")
         slots = sorted([*memory.slots.free_list(), *(request.slot for request in holders)])

@@ -210,8 +210,9 @@ class Scheduler:
         self.admitted = self.matched_tokens = self.matched_in_policy = self.scanned = 0
         running = self.running
         full_before = running.is_full
-        if self.last_batch is not None:
-            self._merge_last_batch(self.last_batch)
+        last = self.last_batch
+        if last is not None and (last.prefills or self.chunked is not None):
+            self._merge_last_batch(last)
         if running.finished_rows and self.rules.admission == "every_step":
             running.filter_finished()
         batch = self.strategy.next_batch(self)
@@ -227,7 +228,7 @@ class Scheduler:
         """The last step's prefills join the running batch, without those that ended or have more chunks to go."""
         if self.chunked is not None and self.chunked.slot != NEVER:
             self.memory.publish(self.chunked)
-        if last.mode is ForwardMode.DECODE:
+        if not last.prefills:
             return
         running = self.running
         joining = [
@@ -331,7 +332,7 @@ class Scheduler:
         if not running.requests:
             running.is_full = False
             return None
-        batch = Batch(ForwardMode.DECODE, [])
+        batch = Batch(ForwardMode.DECODE)
         p = self.config.page_size
         needed = running.pages_needed() * p
         batch.evicted_tokens = self.memory.make_room(needed)
@@ -380,19 +381,20 @@ class Scheduler:
         """Number, shape, log and check a decided batch."""
         batch.index = self.steps
         self.steps += 1
-        prefills, running, memory = batch.prefills, self.running, self.memory
+        prefills, running, allocator = batch.prefills, self.running, self.memory.allocator
+        rows = len(batch.decodes)
         batch.shape = BatchShape(
             tuple([p.new_tokens for p in prefills]) if prefills else (),
             tuple([p.prefix_tokens for p in prefills]) if prefills else (),
-            len(batch.decodes),
-            running.context_tokens() if batch.decodes else 0,
-            running.context_max() if batch.decodes else 0,
+            rows,
+            running.context_tokens() if rows else 0,
+            running.context_max() if rows else 0,
         )
         batch.decided = (
             len(running.requests),
             len(self.waiting),
-            memory.allocator.available_tokens,
-            memory.cache.evictable_tokens,
+            allocator.free_pages * allocator.page_size,
+            self.cache.evictable_tokens,
         )
         batch.new_token_ratio = self.new_token_ratio
         self.in_flight.append(batch)
@@ -411,7 +413,8 @@ class Scheduler:
             self._process_prefills(batch, result, ended)
         if batch.decodes:
             self._process_decodes(batch, result, ended)
-        self.memory.allocator.reap(batch.index)
+        if self.memory.allocator.quarantined_pages:
+            self.memory.allocator.reap(batch.index)
         if ended and self.in_flight:
             self.count_extra_rows(ended)
         return ended
@@ -511,7 +514,8 @@ class Scheduler:
         for request in ended:
             recorder.ended(request, len(request.output_ids), sent_ns)
         recorder.step(batch, result)
-        self.invariants.after_result(batch)
+        if self.invariants.every_step:
+            self.invariants.full()
 
     def _token_sent(self, request: Request, sent_ns: int) -> None:
         """The first token since (re-)admission."""
