@@ -59,7 +59,7 @@ def _devices() -> dict[str, str]:
 
 
 def _hosts() -> dict[str, str]:
-    from testbed.costs.hosts import host_presets, load_host
+    from testbed.costs.host import host_presets, load_host
 
     return {name: load_host(name).source for name in host_presets()}
 
