@@ -7,6 +7,7 @@ Method names are SGLang's. One iteration of any loop is::
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -77,6 +78,8 @@ class Scheduler:
         self.in_flight: list[Batch] = []
         self.requests: dict[str, Request] = {}
         """Every request that has not ended, by id."""
+        self.on_step: Callable[[], None] | None = None
+        """Called at every launch (progress bars)."""
         self.failed: list[Request] = []
         """Requests ended by a decision, not by a result; the loop sends their ends."""
         self.steps = 0
@@ -400,6 +403,8 @@ class Scheduler:
         self.in_flight.append(batch)
         self.decision_log.append(batch)
         self.invariants.after_decision(batch)
+        if self.on_step is not None:
+            self.on_step()
 
     # -- results ------------------------------------------------------------------------------------------------------
 

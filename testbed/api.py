@@ -1,0 +1,263 @@
+"""What notebooks and the command line call: a scenario in, a run out.
+
+    from testbed import load_scenario, simulate
+    run = simulate("scenarios/default.yaml")
+    run.requests.ttft_ms.describe()
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import simpy
+
+import testbed
+from testbed.costs import (
+    CostModel,
+    DeviceProfile,
+    HostProfile,
+    build_cost_model,
+    build_host_profile,
+    kv_capacity_tokens,
+    load_device,
+    load_host,
+)
+from testbed.loops.base import LoopContext
+from testbed.loops.select import EventLoop, find_loop
+from testbed.metrics.recorder import Recorder
+from testbed.metrics.run import Run
+from testbed.runtime import virtual, wall
+from testbed.runtime.oracle import Oracle
+from testbed.runtime.traffic import Traffic
+from testbed.scenario.errors import InputError
+from testbed.scenario.load import load_scenario, resolve
+from testbed.scenario.models import ModelSpec, load_model
+from testbed.scenario.plugins import is_plugin, load_plugin
+from testbed.scenario.schema import Scenario
+from testbed.scheduler.invariants import InvariantError
+from testbed.scheduler.scheduler import Checks, Scheduler
+from testbed.workload import Workload, build_workload
+
+Progress = Callable[[int, int, int, int], None]
+"""Called now and then with (virtual or wall time in ns, requests ended, running, waiting)."""
+PROGRESS_EVERY_STEPS = 512
+
+
+@dataclass(slots=True)
+class Engine:
+    """Everything a scenario names, built: what both clocks need before the first message."""
+
+    scenario: Scenario
+    model: ModelSpec
+    device: DeviceProfile | None
+    """None for a device of constant times."""
+    cost_model: CostModel
+    host: HostProfile
+    kv_tokens: int
+    context_length: int
+    loop_name: str
+    loop: EventLoop
+    scheduler: Scheduler
+    recorder: Recorder
+    workload: Workload
+    oracle: Oracle
+
+
+def build_engine(scenario: Scenario, *, checks: Checks = "delta") -> Engine:
+    """Build what ``scenario`` names. Raises InputError for anything that cannot run."""
+    base_dir = Path.cwd()
+    config = scenario.engine
+    model = load_model(scenario.model)
+    device = load_device(scenario.device) if isinstance(scenario.device, str) else None
+    kv_tokens = _kv_tokens(scenario, model, device)
+    context_length = config.context_length or model.max_positions
+    recorder = Recorder()
+    if is_plugin(config.loop):
+        loop_name, loop = config.loop, load_plugin(config.loop, base_dir, where="engine.loop")
+    else:
+        loop_name, loop = find_loop(config.loop, config.parallel.pp)
+    scheduler = Scheduler(
+        config,
+        kv_tokens=kv_tokens,
+        context_length=context_length,
+        vocab_size=model.vocab,
+        seed=scenario.seed,
+        policy=load_plugin(config.policy, base_dir, where="engine.policy") if is_plugin(config.policy) else None,
+        strategy=_own_strategy(config.batching, base_dir),
+        recorder=recorder,
+        checks=checks,
+    )
+    workload = build_workload(
+        scenario.workload,
+        seed=scenario.seed,
+        context_length=min(context_length, scheduler.max_request_tokens - 5),
+        vocab_size=model.vocab,
+        base_dir=base_dir,
+    )
+    return Engine(
+        scenario=scenario,
+        model=model,
+        device=device,
+        cost_model=build_cost_model(scenario),
+        host=build_host_profile(scenario),
+        kv_tokens=scheduler.memory.allocator.capacity_tokens,
+        context_length=context_length,
+        loop_name=loop_name,
+        loop=loop,
+        scheduler=scheduler,
+        recorder=recorder,
+        workload=workload,
+        oracle=Oracle(scenario.seed, model.vocab, scheduler.memory.slots.count),
+    )
+
+
+def simulate(
+    scenario: Scenario | str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    seed: int | None = None,
+    progress: Progress | None = None,
+    checks: Checks = "delta",
+) -> Run:
+    """Run a scenario in virtual time.
+
+    ``checks="full"`` proves every invariant at every step (slow: for small pools). Raises InputError for a scenario that
+    cannot run, Deadlock when a strategy leaves requests waiting for ever, InvariantError for a defect of the program.
+    """
+    engine = build_engine(_one(scenario, seed), checks=checks)
+    env = simpy.Environment()
+    runtime = virtual.VirtualRuntime(
+        env,
+        cost_model=engine.cost_model,
+        host=engine.host,
+        recorder=engine.recorder,
+        oracle=engine.oracle,
+        workload=engine.workload,
+    )
+    if progress is not None:
+        _report_progress(engine.scheduler, runtime.traffic, progress)
+    virtual.run_to_the_end(env, engine.loop(LoopContext(engine.scheduler, runtime)), runtime)
+    return _run(engine, runtime.traffic, "simulated")
+
+
+def execute(
+    scenario: Scenario | str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    paced: bool = False,
+    seed: int | None = None,
+    progress: Progress | None = None,
+    checks: Checks = "delta",
+) -> Run:
+    """Run a scenario on the wall clock, in this thread. ``paced``: the device is the cost model, taking its time for
+    real; the host is this machine, or what ``host_inject`` names where that is slower.
+
+    Raises InputError without ``paced``: this version has no torch engine.
+    """
+    if not paced:
+        raise InputError(
+            "this version runs on the wall clock only over a modelled device",
+            where="run",
+            remedy="add --paced (execute(..., paced=True)), or use testbed simulate",
+        )
+    chosen = _one(scenario, seed)
+    engine = build_engine(chosen, checks=checks)
+    inject = None
+    if chosen.host_inject is not None:
+        inject = load_host(chosen.host_inject, tp=chosen.engine.parallel.tp)
+    runtime = wall.PacedRuntime(
+        cost_model=engine.cost_model,
+        recorder=engine.recorder,
+        oracle=engine.oracle,
+        workload=engine.workload,
+        inject=inject,
+    )
+    if progress is not None:
+        _report_progress(engine.scheduler, runtime.traffic, progress)
+    wall.run_to_the_end(engine.loop(LoopContext(engine.scheduler, runtime)))
+    return _run(engine, runtime.traffic, "paced")
+
+
+def _one(scenario: Scenario | str | os.PathLike[str] | Mapping[str, Any], seed: int | None) -> Scenario:
+    chosen = scenario if isinstance(scenario, Scenario) else load_scenario(scenario).scenario
+    return chosen if seed is None else chosen.model_copy(update={"seed": seed})
+
+
+def _own_strategy(name: str, base_dir: Path) -> Any:
+    """The user's own batching strategy, made: a class is called without arguments."""
+    return load_plugin(name, base_dir, where="engine.batching")() if is_plugin(name) else None
+
+
+def _kv_tokens(scenario: Scenario, model: ModelSpec, device: DeviceProfile | None) -> int:
+    if device is not None:
+        return kv_capacity_tokens(model, device, scenario.engine)
+    if scenario.engine.kv_tokens is None:
+        raise InputError(
+            "a device of constant times has no memory that a KV capacity would follow from",
+            where="engine.kv_tokens",
+            remedy="give engine.kv_tokens",
+        )
+    return scenario.engine.kv_tokens
+
+
+def _report_progress(scheduler: Scheduler, traffic: Traffic, progress: Progress) -> None:
+    def step() -> None:
+        if scheduler.steps % PROGRESS_EVERY_STEPS == 0:
+            progress(scheduler.now_ns, traffic.ended, len(scheduler.running), len(scheduler.waiting))
+
+    scheduler.on_step = step
+
+
+def _run(engine: Engine, traffic: Traffic, label: str) -> Run:
+    """Collect what the run leaves behind; every request that was sent has ended, each once."""
+    scheduler, recorder = engine.scheduler, engine.recorder
+    scheduler.on_idle()
+    if traffic.open or len(traffic.sent) != traffic.ended:
+        raise InvariantError("ended_once", f"{len(traffic.sent)} requests were sent, {traffic.ended} ended")
+    for name, count in scheduler.invariants.evaluations.items():
+        recorder.count(f"check_{name}", count)
+    recorder.count("steps", scheduler.steps)
+    recorder.count("evicted_tokens", scheduler.cache.evicted_tokens_total)
+    records = recorder.records(traffic.sent, scheduler.decision_log.bytes())
+    _price_work(engine, records.steps)
+    return Run(resolve(engine.scenario), records, _meta(engine, label))
+
+
+def _price_work(engine: Engine, steps: dict[str, Any]) -> None:
+    """FLOPs and bytes of every step, in one go."""
+    names = ("new_tokens", "prefix_tokens", "decode_rows", "context_tokens", "rows")
+    steps["flops"], steps["bytes"] = engine.cost_model.flops_and_bytes(*(steps[name] for name in names))
+
+
+def _meta(engine: Engine, label: str) -> dict[str, Any]:
+    scenario = engine.scenario
+    unmeasured = [f"unmeasured: {what}" for what in engine.cost_model.unmeasured()]
+    guesses = [f"guess: {what}" for what in engine.host.guesses()] if label == "simulated" else []
+    meta: dict[str, Any] = {
+        "label": label,
+        "loop": engine.loop_name,
+        "model": engine.model.name,
+        "device": engine.device.name if engine.device is not None else "constant",
+        "host": engine.host.name if label == "simulated" else scenario.host_inject or "this machine",
+        "kv_tokens": engine.kv_tokens,
+        "notes": [*engine.workload.notes(), *unmeasured, *guesses],
+        "provenance": {
+            "command": " ".join(sys.argv),
+            "testbed": testbed.__version__,
+            "python": platform.python_version(),
+            "machine": platform.processor() or platform.machine(),
+        },
+    }
+    if engine.device is not None:
+        # FLOPs and bytes are recorded for one device.
+        meta["peak_flops"] = engine.device.peak(_compute_dtype(scenario)) * 1e9
+        meta["peak_bytes_per_s"] = engine.device.bytes_per_ns * 1e9
+    return meta
+
+
+def _compute_dtype(scenario: Scenario) -> str:
+    return scenario.engine.dtype if scenario.engine.quantization == "none" else scenario.engine.quantization
