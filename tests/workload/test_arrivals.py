@@ -15,7 +15,8 @@ from testbed.scenario.workload import Arrivals
 from testbed.workload.arrivals import arrival_times
 from testbed.workload.draw import weibull_shape
 from testbed.workload.fitted import fitted_table
-from tests.workload.world import SECOND_NS, build
+
+from .world import SECOND_NS, build
 
 COUNT = 40_000
 LAWS: TypeAdapter[Any] = TypeAdapter(Arrivals)
@@ -46,7 +47,10 @@ def weibull_law(rate: float, cv: float) -> Any:
 def test_gaps_follow_their_law(law: dict[str, Any], expected: Any, seed: int) -> None:
     gaps = gaps_s(law, seed)
     # A gap below a nanosecond is 0: a step of the empirical distribution that a continuous law does not have.
-    assert stats.kstest(gaps[gaps > 1e-8], lambda x: (expected.cdf(x) - expected.cdf(1e-8)) / expected.sf(1e-8)).pvalue > 1e-3
+    assert (
+        stats.kstest(gaps[gaps > 1e-8], lambda x: (expected.cdf(x) - expected.cdf(1e-8)) / expected.sf(1e-8)).pvalue
+        > 1e-3
+    )
     assert gaps.mean() == pytest.approx(1 / law["rate_per_s"], rel=4 * law.get("cv", 1) / COUNT**0.5)
     assert gaps.std() / gaps.mean() == pytest.approx(law.get("cv", 1), rel=0.05)
     # Renewal: a gap tells nothing about the next.
@@ -118,7 +122,9 @@ def test_a_burst_of_tiny_gaps_at_the_start_is_no_division_by_zero() -> None:
 def test_fitted_arrivals_follow_the_minutes() -> None:
     times = np.cumsum(gaps_s("azure-conv-2023", count=60_000))
     rates = fitted_table("azure-conv-2023").minute_rates_per_s
-    by_minute = np.histogram(times, np.arange(0, times[-1], 60.0))[0][: 5 * len(rates)].reshape(-1, len(rates)).mean(0) / 60
+    by_minute = (
+        np.histogram(times, np.arange(0, times[-1], 60.0))[0][: 5 * len(rates)].reshape(-1, len(rates)).mean(0) / 60
+    )
     assert np.corrcoef(by_minute, rates)[0, 1] > 0.9
     np.testing.assert_allclose(by_minute, rates, rtol=0.25)
 

@@ -168,7 +168,9 @@ def test_the_fitted_table_has_the_moments_and_quantiles_of_its_trace(azure: Path
     np.testing.assert_allclose(drawn.mean(0), rows.mean(0), rtol=0.02)
     np.testing.assert_allclose(drawn.std(0), rows.std(0), rtol=0.03)
     probabilities = [0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99]
-    np.testing.assert_allclose(np.quantile(drawn, probabilities, axis=0), np.quantile(rows, probabilities, axis=0), rtol=0.08)
+    np.testing.assert_allclose(
+        np.quantile(drawn, probabilities, axis=0), np.quantile(rows, probabilities, axis=0), rtol=0.08
+    )
     # The dependence that drawing apart would lose.
     assert stats.spearmanr(*drawn.T).statistic == pytest.approx(stats.spearmanr(*rows.T).statistic, abs=0.03)
     one_column = tokens({"kind": "empirical", "name": "azure-conv-2023", "column": "output_tokens"}, count=60_000)

@@ -18,7 +18,9 @@ VOCAB = 32_000
 SECOND_NS = 1_000_000_000
 
 
-def build(config: dict[str, Any], *, seed: int = 0, context_length: int = 131_072, base_dir: Path | None = None) -> Workload:
+def build(
+    config: dict[str, Any], *, seed: int = 0, context_length: int = 131_072, base_dir: Path | None = None
+) -> Workload:
     return build_workload(
         WorkloadConfig.model_validate(config),
         seed=seed,

@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Iterator
 from difflib import get_close_matches
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -183,7 +184,7 @@ def _csv_lines(path: Path) -> Iterator[_Line]:
                         where=f"{path}:{reader.line_num}:1",
                         remedy="remove the cells without a column",
                     )
-                yield _Line(reader.line_num, dict(zip(header, cells, strict=False)), ",".join(cells))
+                yield _Line(reader.line_num, dict(zip_longest(header, cells)), ",".join(cells))
         except csv.Error as error:
             where = f"{path}:{reader.line_num}:1"
             raise InputError(f"not valid CSV: {error}", where=where, remedy="was the file cut off?") from error
@@ -230,4 +231,4 @@ def _position(line: _Line, names: list[str]) -> int:
     if line.text.lstrip().startswith("{"):
         return max(line.text.find(f'"{name}"') + 1, 1)
     keys = list(line.cells)
-    return 1 + sum(len(str(line.cells[key])) + 1 for key in keys[: keys.index(name)])
+    return 1 + sum(len(line.cells[key] or "") + 1 for key in keys[: keys.index(name)])
