@@ -59,7 +59,7 @@ class Sample(NamedTuple):
 class SloMark(NamedTuple):
     """One limit of the scenario's ``slo`` and what the run did."""
 
-    name: str
+    key: str
     """Key of the aggregate, such as ``p99_ttft_ms``."""
     limit: float
     value: float

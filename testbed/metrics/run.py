@@ -172,7 +172,7 @@ class Run:
         return aggregate.intervals(self.resampled(percentiles), level)
 
     def slo_marks(self, slo: Mapping[str, Any] | None = None) -> list[SloMark]:
-        """Each limit (default: the scenario's) as (name, limit, value, met)."""
+        """Each limit (default: the scenario's) as (key, limit, value, met)."""
         return aggregate.slo_marks(self.samples(), self.scenario.get("slo") if slo is None else slo)
 
     def table(self) -> str:

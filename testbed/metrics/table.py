@@ -10,6 +10,7 @@ from testbed.ports import Stage
 
 WIDTH = 58
 _LABEL = 40
+_CHECK = "check_"
 
 
 def result_table(
@@ -27,7 +28,7 @@ def result_table(
     lines += [f"{label + ':':<{_LABEL}} {words}" for label, words in (heading or {}).items()]
     for mark in marks:
         sign = "\N{CHECK MARK}" if mark.met else "\N{BALLOT X}"
-        lines.append(_row(f"{sign} {mark.name} <= {mark.limit:g}", mark.value))
+        lines.append(_row(f"{sign} {mark.key} <= {mark.limit:g}", mark.value))
     for label, key in _OVERALL:
         lines += _known(label, figures.get(key))
     for name, title in LATENCIES.items():
@@ -39,9 +40,20 @@ def result_table(
     for title, rows in _SECTIONS.items():
         section = [line for label, key in rows for line in _known(label, figures.get(key))]
         if title == "Event loop":
-            section += [_row(name.replace("_", " ").capitalize(), count) for name, count in (counters or {}).items()]
+            section += [_row(name, count) for name, count in told_counters(counters or {}, figures).items()]
         lines += [_section(title), *section] if section else []
     return "\n".join([*lines, "=" * WIDTH])
+
+
+def told_counters(counters: Mapping[str, int], figures: Mapping[str, float]) -> dict[str, int]:
+    """A run's counts for a person: words for names, without those that are figures, invariant checks in one sum."""
+    told = {
+        name.replace("_", " ").capitalize(): count
+        for name, count in counters.items()
+        if name not in figures and not name.startswith(_CHECK)
+    }
+    checks = sum(count for name, count in counters.items() if name.startswith(_CHECK))
+    return told | ({"Invariants checked": checks} if checks else {})
 
 
 def _section(title: str) -> str:

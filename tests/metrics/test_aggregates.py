@@ -85,7 +85,7 @@ def test_goodput_counts_requests_that_meet_every_limit():
     assert figures["request_goodput"] == 0 and figures["slo_attainment"] == 0
     loose = tiny(THREE, slo={"ttft_ms": {"p99": 20}}).aggregates()
     assert loose["request_goodput"] == pytest.approx(1 / 0.201) and loose["slo_attainment"] == pytest.approx(1 / 3)
-    marks = {mark.name: mark for mark in tiny(THREE, slo=slo).slo_marks()}
+    marks = {mark.key: mark for mark in tiny(THREE, slo=slo).slo_marks()}
     assert not marks["p99_ttft_ms"].met and marks["p99_ttft_ms"].value == pytest.approx(29.8)
 
 

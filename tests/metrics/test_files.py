@@ -43,7 +43,7 @@ def test_run_json_holds_aggregates_at_the_top(run, tmp_path):
     figures = run.aggregates()
     assert content["output_throughput"] == figures["output_throughput"]
     assert content["p99_ttft_ms"] == figures["p99_ttft_ms"] and len(content["intervals"]["p99_ttft_ms"]) == 2
-    assert content["slo"][0] == {"name": "p99_ttft_ms", "limit": 6.5, "value": figures["p99_ttft_ms"], "met": False}
+    assert content["slo"][0] == {"key": "p99_ttft_ms", "limit": 6.5, "value": figures["p99_ttft_ms"], "met": False}
 
 
 def test_a_run_is_never_overwritten(run, tmp_path):

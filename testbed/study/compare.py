@@ -1,0 +1,126 @@
+"""Compare runs: one table, one page, paired intervals where the runs had the same requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from testbed.metrics.comparison import HEADLINE, Figure, differences, run_names
+from testbed.metrics.files import new_folder, write_json
+from testbed.metrics.run import Run
+from testbed.metrics.table import number
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_MARKS = {"within noise": "~", "better": "+", "worse": "-"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs and their figures beside those of ``runs[baseline]``."""
+
+    runs: tuple[Run, ...]
+    baseline: int
+    figures: tuple[Figure, ...]
+    """Figure by figure, and within each the runs in order."""
+
+    @property
+    def names(self) -> list[str]:
+        """What the runs are called here, all different."""
+        return run_names(self.runs)
+
+    @property
+    def paired(self) -> bool:
+        """Whether every run had the same requests."""
+        return all(figure.paired for figure in self.figures)
+
+    def frame(self) -> pd.DataFrame:
+        """One row a figure and run: value, interval, difference to the baseline, its interval, ratio, verdict."""
+        import pandas as pd
+
+        rows = []
+        for figure in self.figures:
+            low, high = figure.interval or (np.nan, np.nan)
+            less, more = figure.difference_interval or (np.nan, np.nan)
+            rows.append(
+                {
+                    "run": figure.run,
+                    "metric": figure.metric,
+                    "value": figure.value,
+                    "low": low,
+                    "high": high,
+                    "difference": figure.difference,
+                    "difference_low": less,
+                    "difference_high": more,
+                    "ratio": figure.ratio,
+                    "paired": figure.paired,
+                    "verdict": figure.verdict,
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def table(self, metrics: Sequence[str] = HEADLINE) -> str:
+        """Text: a row a figure, a column a run; below each value of a variant, difference, interval and mark."""
+        by_metric: dict[str, list[Figure]] = {}
+        for figure in self.figures:
+            if figure.metric in metrics:
+                by_metric.setdefault(figure.metric, []).append(figure)
+        shown = {metric: row for metric, row in by_metric.items() if not all(np.isnan(cell.value) for cell in row)}
+        cells = [["", *self.names]]
+        for metric in sorted(shown, key=list(metrics).index):
+            cells.append([metric, *(number(figure.value) for figure in shown[metric])])
+            if any(figure.difference for figure in shown[metric]):
+                cells.append(["", *(_difference(figure) for figure in shown[metric])])
+        widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+        lines = [
+            "  ".join(
+                [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+            )
+            for row in cells
+        ]
+        how = "paired: all runs had the same requests" if self.paired else "not all paired: requests differ"
+        legend = f"latencies: + better, - worse, ~ difference within its 95 % interval; {how}"
+        return "\n".join([line.rstrip() for line in [*lines, legend]])
+
+    def save(self, folder: Path | str) -> Path:
+        """Write ``compare.json``, ``compare.html`` and figures.
+
+        Raises:
+            InputError: the folder holds something already.
+        """
+        from testbed.report import write_report
+
+        folder = new_folder(Path(folder))
+        content = {
+            "runs": self.names,
+            "baseline": self.names[self.baseline],
+            "paired": self.paired,
+            "digests": [run.decision_digest for run in self.runs],
+            "figures": [{**asdict(figure), "verdict": figure.verdict} for figure in self.figures],
+        }
+        write_json(content, folder / "compare.json")
+        write_report(self.runs, folder, baseline=self.baseline, page="compare.html")
+        return folder
+
+
+def compare(runs: Sequence[Run], baseline: int = 0) -> Comparison:
+    """Compare ``runs`` with ``runs[baseline]``.
+
+    Raises:
+        InputError: ``baseline`` is none of the runs.
+    """
+    return Comparison(tuple(runs), baseline, tuple(differences(runs, baseline)))
+
+
+def _difference(figure: Figure) -> str:
+    if figure.is_baseline:
+        return ""
+    sign = _MARKS.get(figure.verdict, "")
+    low, high = figure.difference_interval or (np.nan, np.nan)
+    bounds = "" if np.isnan(low) else f" [{low:+.3g}, {high:+.3g}]"
+    return f"{figure.difference:+.3g}{bounds} {sign}"
