@@ -50,7 +50,7 @@ def invoke(arguments: Sequence[str]) -> int:
         return _flushed(ended.code if isinstance(ended.code, int) else OK)
     except InputError as error:
         for one in error.errors:
-            print(f"error: {one}", file=sys.stderr)
+            print(f"error: {one}".replace(f"{Path.cwd()}{os.sep}", ""), file=sys.stderr)
         return WRONG_INPUT
     except BrokenPipeError:
         return _flushed(BROKEN_PIPE)

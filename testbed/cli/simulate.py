@@ -81,17 +81,19 @@ def run_scenario(
 
 
 def _report(folder: Path, runs: list[tuple[Path, Any]], *, compared: bool, report: bool, trace: bool) -> None:
-    """The comparison of variants, the HTML report and the Perfetto traces."""
+    """The comparison of variants, the HTML reports and the Perfetto traces."""
     if compared:
         from testbed.study.compare import compare
 
         comparison = compare([run for _, run in runs])
         print(f"\n{comparison.table()}", flush=True)
-        comparison.save(folder)
+        if report:
+            print(f"\nreport: {comparison.save(folder / 'comparison') / 'compare.html'}", flush=True)
     if report:
         from testbed.report import write_report
 
-        print(f"report: {write_report([run for _, run in runs] if compared else runs[0][1], folder)}", flush=True)
+        for place, run in runs:
+            print(f"report: {write_report(run, place)}", flush=True)
     if trace:
         from testbed.report import write_trace
 

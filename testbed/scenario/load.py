@@ -159,13 +159,24 @@ def _problem(problem: Problem, document: Document) -> InputError:
 def _located(error: InputError, document: Document) -> InputError:
     if len(error.errors) > 1:
         return InputErrors([_located(one, document) for one in error.errors])
-    path = tuple(error.where.split("."))
-    if not error.where or field_type(Scenario, path) is None:
-        return error
+    path: FieldPath = tuple(error.where.split("."))
+    named = dotted(path)
+    if field_type(Scenario, path) is None:
+        path = next(_paths_of(error.where, document.data, ()), ())
+        named = f"{dotted(path)}: {error.where}"
     place = document.where(path)
-    if not place or place == error.where:
+    if not error.where or not path or not place:
         return error
-    return InputError(f"{error.where}: {error.message}", where=place, remedy=error.remedy)
+    return InputError(f"{named}: {error.message}", where=place, remedy=error.remedy)
+
+
+def _paths_of(value: str, data: Any, path: FieldPath) -> Iterator[FieldPath]:
+    """Where ``value`` was written: a name, or the file that ``value`` is the whole path of."""
+    inner = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, child in inner:
+        if isinstance(child, str) and child and (value == child or value.endswith(f"/{child}")):
+            yield (*path, key)
+        yield from _paths_of(value, child, (*path, key))
 
 
 def _schema_problems(error: ValidationError, data: dict[str, Any]) -> list[Problem]:

@@ -37,7 +37,7 @@ def load_plugin(name: str, base_dir: str | Path = ".", *, where: str = "") -> An
         return getattr(module, attribute)
     except AttributeError:
         public = [known for known in vars(module) if not known.startswith("_")]
-        hint = did_you_mean(attribute, public) or "check the name behind the colon"
+        hint = did_you_mean(attribute, public) or f"it has: {', '.join(public) or 'nothing'}"
         raise InputError(f"{module_name} has no {attribute!r}", where=where, remedy=hint) from None
 
 

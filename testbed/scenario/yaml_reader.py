@@ -204,7 +204,7 @@ class _Builder:
 def _yaml_remedy(reason: str) -> str:
     if "\\t" in reason or "tab" in reason:
         return "indent with spaces, not tabs"
-    if "single document" in reason:
+    if "document" in reason:
         return "keep one document a file: remove the line '---'"
     return "check indentation, quotes and brackets at this place"
 
