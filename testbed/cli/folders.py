@@ -13,22 +13,27 @@ def output_folder(chosen: Path | None, name: str, parent: Path = Path("runs")) -
 
     Raises InputError when it cannot be made or holds something.
     """
+    check_output(chosen)
     try:
-        return _make(chosen) if chosen else _next(parent, _slug(name))
+        if chosen is None:
+            return _next(parent, _slug(name))
+        chosen.mkdir(parents=True, exist_ok=True)
+        return chosen
     except OSError as error:
         where = str(chosen or parent)
         remedy = "name another folder with -o"
         raise InputError(f"the folder cannot be made: {error.strerror}", where=where, remedy=remedy) from None
 
 
-def _make(folder: Path) -> Path:
-    if folder.is_file():
+def check_output(folder: Path | None) -> None:
+    """Raise InputError when ``folder`` cannot be an output folder: before a long run, not after it."""
+    if folder is None:
+        return
+    if folder.exists() and not folder.is_dir():
         raise InputError("is a file, not a folder", where=str(folder), remedy="name a new folder with -o")
     if folder.is_dir() and any(folder.iterdir()):
         remedy = "name a new folder with -o, or leave -o out: runs/NAME-NUMBER is always new"
         raise InputError("the output folder is not empty", where=str(folder), remedy=remedy)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _next(parent: Path, slug: str) -> Path:

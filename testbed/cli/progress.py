@@ -30,7 +30,9 @@ def progress_bar(name: str, show: bool) -> Iterator[Progress | None]:
         speed = f"{virtual_s / wall_s:,.0f}x" if wall_s > 0.2 else "-"
         return Text(
             f"{name}  {finished:,} finished ({rate})  {running:,} running  {waiting:,} waiting  "
-            f"{virtual_s:,.1f} s in {wall_s:,.1f} s ({speed})"
+            f"{virtual_s:,.1f} s in {wall_s:,.1f} s ({speed})",
+            no_wrap=True,
+            overflow="ellipsis",
         )
 
     with Live(line(0, 0, 0, 0), console=Console(stderr=True), transient=True, auto_refresh=False) as live:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from testbed.cli import options
-from testbed.cli.folders import output_folder
+from testbed.cli.folders import check_output, output_folder
 from testbed.cli.progress import Progress, progress_bar
 from testbed.cli.thresholds import Threshold, missed_thresholds, read_threshold
 
@@ -56,44 +56,40 @@ def run_scenario(
     progress: bool,
 ) -> None:
     """Run a scenario, or each of its variants; print, save, report; ends with status 1 when a threshold is missed."""
-    folder = output_folder(output, loaded.scenario.name)
+    check_output(output)
+    folder: Path | None = None
     runs: list[tuple[Path, Any]] = []
     reasons: list[str] = []
-    try:
-        for name, one in (loaded.variants or {"": loaded.scenario}).items():
-            with options.located(loaded), progress_bar(one.name, progress) as tick:
-                run = execute(one, tick)
-            place = folder / name
-            run.save(place)
-            print(run.table(), flush=True)
-            print(f"\n{place}", flush=True)
-            runs.append((place, run))
-            prefix = f"{name}: " if name else ""
-            reasons += [prefix + reason for reason in missed_thresholds(run, thresholds)]
-    finally:
-        if not any(folder.iterdir()):
-            folder.rmdir()
-    _report(folder, runs, compared=bool(loaded.variants), report=report, trace=trace)
+    for name, one in (loaded.variants or {"": loaded.scenario}).items():
+        with options.located(loaded), progress_bar(one.name, progress) as tick:
+            run = execute(one, tick)
+        folder = folder or output_folder(output, loaded.scenario.name)  # not before there is something to put into it
+        run.save(folder / name)
+        print(f"{run.table()}\n\nrun: {folder / name}\n", flush=True)
+        runs.append((folder / name, run))
+        prefix = f"{name}: " if name else ""
+        reasons += [prefix + reason for reason in missed_thresholds(run, thresholds)]
+    _report(runs, compared=bool(loaded.variants), report=report, trace=trace)
     for reason in reasons:
         print(f"missed: {reason}", file=sys.stderr)
     if reasons:
         raise typer.Exit(1)
 
 
-def _report(folder: Path, runs: list[tuple[Path, Any]], *, compared: bool, report: bool, trace: bool) -> None:
-    """The comparison of variants, the HTML reports and the Perfetto traces."""
+def _report(runs: list[tuple[Path, Any]], *, compared: bool, report: bool, trace: bool) -> None:
+    """The comparison of variants or the report of a single run; Perfetto traces."""
     if compared:
         from testbed.study.compare import compare
 
         comparison = compare([run for _, run in runs])
-        print(f"\n{comparison.table()}", flush=True)
+        print(comparison.table(), flush=True)
         if report:
-            print(f"\nreport: {comparison.save(folder / 'comparison') / 'compare.html'}", flush=True)
-    if report:
+            folder = runs[0][0].parent / "comparison"
+            print(f"\nreport: {comparison.save(folder) / 'compare.html'}", flush=True)
+    elif report:
         from testbed.report import write_report
 
-        for place, run in runs:
-            print(f"report: {write_report(run, place)}", flush=True)
+        print(f"report: {write_report(runs[0][1], runs[0][0])}", flush=True)
     if trace:
         from testbed.report import write_trace
 

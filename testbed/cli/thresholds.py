@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from testbed.scenario.describe import did_you_mean
 from testbed.scenario.errors import InputError
 
-_FORM = re.compile(r"\s*(?P<key>[a-z]\w*(?:\.\d+_\w+)?)\s*(?P<sign><=|>=|<|>)\s*(?P<limit>\S+)\s*")
+_FORM = re.compile(r"\s*(?P<key>[a-z][\w.]*)\s*(?P<sign><=|>=|<|>)\s*(?P<limit>\S+)\s*")
 _SIGNS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
     "<=": operator.le,
@@ -19,6 +19,8 @@ _SIGNS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
 }
 _LATENCY = re.compile(r"(?P<metric>ttft|tpot|itl|e2el)_(?P<statistic>mean|median|std|max|p[\d.]+)_ms")
+
+_PERCENTILE = re.compile(r"p(\d{1,2}(?:\.\d+)?)_")
 
 
 class Threshold(NamedTuple):
@@ -65,5 +67,6 @@ def missed_thresholds(run: Any, thresholds: list[Threshold]) -> list[str]:
     late = [
         f"slo: {mark.key} is {mark.value:g}, the limit is {mark.limit:g}" for mark in run.slo_marks() if not mark.met
     ]
-    figures = run.aggregates()
+    asked = [float(found[1]) for threshold in thresholds if (found := _PERCENTILE.match(threshold.key))]
+    figures = run.aggregates(percentiles=list(dict.fromkeys([*run.percentiles, *asked])))
     return late + [reason for threshold in thresholds if (reason := threshold.missed(figures))]

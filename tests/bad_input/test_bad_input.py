@@ -9,28 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from testbed.cli.main import WRONG_INPUT, invoke
-from tests.bad_input.cases import CASES, Case
+from testbed.cli.main import invoke
+from tests.bad_input.cases import BASE, CASES, CSV, JSON_LINES, TRACE_BASE, Case
+from tests.bad_input.checking import lay_out, objections
 
 SAMPLE = ("unknown field", "truncated JSON", "binary file", "plugin fails", "output folder in use")
 """Cases that also go through a process of their own."""
-
-
-def lay_out(case: Case, folder: Path) -> None:
-    for name, content in case.files.items():
-        file = folder / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(content if isinstance(content, bytes) else content.encode())
-
-
-def check(case: Case, status: int, stdout: str, stderr: str) -> None:
-    assert status == WRONG_INPUT, (status, stderr)
-    assert f"error: {case.place}" in stderr, stderr
-    for words in (*case.says, *case.remedy):
-        assert words in stderr, stderr
-    assert "Traceback" not in stdout + stderr
-    lines = stderr.splitlines()
-    assert any(line.startswith("  ") for line in lines), f"no remedy on a line of its own: {stderr}"
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -42,8 +26,8 @@ def test_refused(
     before = sorted(tmp_path.rglob("*"))
     status = invoke([case.command, *case.arguments])
     captured = capsys.readouterr()
-    check(case, status, captured.out, captured.err)
-    after = [path for path in sorted(tmp_path.rglob("*")) if "__pycache__" not in path.parts and path.name != "runs"]
+    assert not objections(case, status, captured.out, captured.err)
+    after = [path for path in sorted(tmp_path.rglob("*")) if "__pycache__" not in path.parts]
     assert after == before, "a refused command leaves nothing behind"
 
 
@@ -60,7 +44,25 @@ def test_refused_in_a_process(name: str, tmp_path: Path) -> None:
         timeout=60,
         check=False,
     )
-    check(case, ended.returncode, ended.stdout, ended.stderr)
+    assert not objections(case, ended.returncode, ended.stdout, ended.stderr)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"scenario.yaml": BASE},
+        {"scenario.yaml": TRACE_BASE, "requests.csv": CSV},
+        {"scenario.yaml": TRACE_BASE.replace("requests.csv", "requests.jsonl"), "requests.jsonl": JSON_LINES},
+    ],
+    ids=["drawn", "csv", "jsonl"],
+)
+def test_the_unbroken_inputs_are_accepted(
+    files: dict[str, str | bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a case could be refused for something that it does not break."""
+    lay_out(Case("sound", "", (), (), files), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert invoke(["simulate", "scenario.yaml", "--no-report"]) == 0
 
 
 def test_enough_cases() -> None:

@@ -1,0 +1,1 @@
+"""What an issue must show, as commands: ``python -m tests.evidence ISSUE.LINE``."""

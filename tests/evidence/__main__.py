@@ -1,0 +1,51 @@
+"""``python -m tests.evidence ISSUE.LINE [--smoke]``: print the figure, the bar and PASS or FAIL; exit with 0 or 1.
+
+A line is a module ``ISSUE_LINE.py`` in this folder with ``check(smoke: bool) -> Evidence``; its docstring says what is
+shown. ``all`` in place of a line runs every line there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import sys
+from pathlib import Path
+
+from tests.evidence.evidence import Evidence
+
+FOLDER = Path(__file__).parent
+LINE = re.compile(r"[a-z]+_\d+")
+
+
+def lines() -> list[str]:
+    """The lines that exist, as ``issue.number``, in order."""
+    names = [file.stem for file in FOLDER.glob("*.py") if LINE.fullmatch(file.stem)]
+    split = [(name.rpartition("_")[0], int(name.rpartition("_")[2])) for name in names]
+    return [f"{issue}.{number}" for issue, number in sorted(split)]
+
+
+def show(line: str, smoke: bool) -> bool:
+    """Run one line and print it."""
+    module = importlib.import_module(f"tests.evidence.{line.replace('.', '_')}")
+    found: Evidence = module.check(smoke)
+    print(f"{line}: {(module.__doc__ or '').strip().splitlines()[0]}")
+    print(f"  figure: {found.figure}\n  bar:    {found.bar}")
+    for detail in found.details:
+        print(f"  {detail}")
+    print(f"  {'PASS' if found.passed else 'FAIL'}{' (smoke size)' if smoke else ''}", flush=True)
+    return found.passed
+
+
+def main() -> int:
+    """Parse the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tests.evidence", description="Show one line of evidence.")
+    parser.add_argument("line", choices=[*lines(), "all"], metavar="ISSUE.LINE", help=f"{', '.join(lines())}, or all")
+    parser.add_argument("--smoke", action="store_true", help="a small size, for continuous integration")
+    arguments = parser.parse_args()
+    chosen = lines() if arguments.line == "all" else [arguments.line]
+    return 0 if all([show(line, arguments.smoke) for line in chosen]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
