@@ -291,7 +291,9 @@ def test_agent_turns_wait_for_the_turn_before() -> None:
             ended[timed.session] = end_ns
 
 
-TURNS = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 30), st.integers(0, 5)), min_size=1, max_size=40)
+TURNS = st.lists(
+    st.tuples(st.sampled_from(["a", "b", "c", "", ""]), st.integers(0, 30), st.integers(0, 5)), min_size=1, max_size=40
+)
 
 
 @given(TURNS, st.integers(1, 20), st.booleans())
@@ -312,12 +314,25 @@ def test_sessions_of_a_trace_whatever_their_order(
     expected = []
     free: dict[str, int] = {}
     for row in rows:
-        ready = free[row["session"]] + row["think_s"] if row["session"] in free else 0
+        alone = not row["session"] or row["session"] not in free
+        ready = 0 if alone else free[row["session"]] + row["think_s"]
         at = max(row["arrival_s"], ready)
         free[row["session"]] = at + service_s
         expected.append((row["session"], at * SECOND_NS))
     assert Counter((timed.session[1:], timed.arrival_ns) for timed, _ in served) == Counter(expected)
     assert [t.arrival_ns for t, _ in served] == sorted(t.arrival_ns for t, _ in served)
+
+
+def test_a_turn_that_is_late_lets_others_pass(tmp_path: Path) -> None:
+    # When the second turn of a is read, its first has ended: it waits within start() until a has thought.
+    rows = "0,a,0\n1,,0\n2,a,5\n3,,0\n9,,0\n"
+    (tmp_path / "t.csv").write_text(
+        "arrival_s,session,think_s,prompt_tokens,output_tokens\n" + rows.replace("\n", ",5,2\n")
+    )
+    served = serve(build({"requests": {"trace": "t.csv"}}, base_dir=tmp_path))
+    assert [(timed.arrival_ns // SECOND_NS, timed.request.rid) for timed, _ in served] == [
+        (0, "sa.t0"), (1, "r0"), (3, "r1"), (6, "sa.t1"), (9, "r2"),
+    ]  # fmt: skip
 
 
 def test_sessions_of_our_own_format_repeat_what_was_said(tmp_path: Path) -> None:
