@@ -76,6 +76,7 @@ class Batch:
     start: NDArray[np.int64] = NO_ROWS
     finish_at: NDArray[np.int64] = NO_ROWS
     output_base: NDArray[np.int64] = NO_ROWS
+    output_shift = 0
     advance = 0
     retracted: Sequence[Request] = ()
     evicted_tokens = 0

@@ -58,7 +58,7 @@ class LoopContext:
         """Wait for the result, apply it, send the tokens and the ends."""
         result = await pending.result()
         ended = self.scheduler.process_batch_result(batch, result)
-        self.cpu.charge(Stage.PROCESS, batch.rows)
+        self.cpu.charge(Stage.PROCESS, len(result.token_ids))
         sent_ns = self.outbox.send_tokens(batch, result)
         self.scheduler.outputs_sent(batch, result, ended, sent_ns)
         for request in ended:

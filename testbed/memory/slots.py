@@ -8,6 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+def _spread(length: int) -> int:
+    """A row length of at least ``length`` for which the same column of neighbouring rows falls into different cache
+    and TLB sets: an odd number of memory pages and a cache line (a decode step writes one element in every row)."""
+    pages = -(-4 * length // 4096) | 1
+    return (pages * 4096 + 64) // 4
+
+
 def _untouched(length: int) -> NDArray[np.int32]:
     """int32 [length] in small pages that cost nothing until they are written. (numpy asks the kernel for huge pages: a
     row's first token would then zero 2 MB.)"""
@@ -27,8 +34,8 @@ class RequestSlots:
 
     def __init__(self, count: int, context_tokens: int, page_size: int) -> None:
         self.count = count
-        self.page_stride = -(-context_tokens // page_size) + 1
-        self.output_stride = context_tokens + 1
+        self.page_stride = _spread(-(-context_tokens // page_size) + 1)
+        self.output_stride = _spread(context_tokens + 1)
         self.pages_flat = _untouched(count * self.page_stride)
         self.outputs_flat = _untouched(count * self.output_stride)
         self.pages = self.pages_flat.reshape(count, self.page_stride)

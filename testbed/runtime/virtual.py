@@ -162,16 +162,16 @@ class VirtualRuntime:
             self._span((Stage.LAUNCH, self._launches, begin, self._local_ns))
         start, end = device_time(cost, begin, self._local_ns, self._device_free_ns)
         self._device_free_ns = end
-        self.charge(Stage.SAMPLE, batch.rows)
-        self._launches += 1
         token_ids, stopped = self._oracle.result(batch)
+        self.charge(Stage.SAMPLE, len(token_ids))
+        self._launches += 1
         return _Launched(self, StepResult(token_ids, stopped, begin, start, end, cost.graph))
 
     # -- Outbox ----------------------------------------------------------------------------------------------------------
 
     def send_tokens(self, batch: Batch, result: StepResult) -> int:
         """See ports.Outbox; returns the loop's time of sending (ns)."""
-        self.charge(Stage.SEND, batch.rows)
+        self.charge(Stage.SEND, len(result.token_ids))
         self._processed += 1
         return self._local_ns
 

@@ -14,7 +14,7 @@ step that had decodes. Pages are those newly allocated, in row order. Times are 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from struct import Struct
 
@@ -34,23 +34,28 @@ class DecisionLog:
 
     def __init__(self) -> None:
         self._data = bytearray(HEADER)
-        self._rows: list[Request] | None = None
+        self._rows: Sequence[Request] | None = None
 
     def append(self, batch: Batch) -> None:
         """Log a batch at its launch."""
         data = self._data
-        decodes = batch.decodes
+        decodes, pages, rows = batch.decodes, batch.pages, batch.shape.decodes
         same = decodes is self._rows  # the running batch replaces its list when rows change
-        pages = batch.pages
-        count = len(pages[0]) if len(pages) == 1 else sum(map(len, pages))
+        if same and not batch.prefills and not batch.retracted:
+            count = len(pages[0]) if pages else 0
+            data += _STEP.pack(batch.mode, SAME_ROWS, 0, rows, 0, count, batch.evicted_tokens)
+            if count:
+                data += pages[0].tobytes()
+            return
         flags = SAME_ROWS if same else 0
+        count = sum(map(len, pages))
         data += _STEP.pack(
-            batch.mode, flags, len(batch.prefills), len(decodes), len(batch.retracted), count, batch.evicted_tokens
+            batch.mode, flags, len(batch.prefills), rows, len(batch.retracted), count, batch.evicted_tokens
         )
         if batch.prefills:
             parts = [(p.request.rank, p.prefix_tokens, p.new_tokens) for p in batch.prefills]
             data += np.array(parts, dtype="<u4").tobytes()
-        if decodes and not same:
+        if rows and not same:
             data += np.array([request.rank for request in decodes], dtype="<u4").tobytes()
             self._rows = decodes
         if batch.retracted:

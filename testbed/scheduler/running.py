@@ -8,6 +8,7 @@ Columns are replaced, never written to, so a launched batch keeps references as 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ class RunningBatch:
     """Rows in batch order.
 
     requests: the rows; slots: int64 [n]; start: KV length minus ``advance``; finish_at: the advance whose result is the
-    last by length; output_base: index into the output table minus ``advance``.
+    last by length; output_base: where the output before the next goes in the output table (as of the last change).
     """
 
     def __init__(self, slots: RequestSlots, allocator: PageAllocator) -> None:
@@ -53,7 +54,10 @@ class RunningBatch:
         rows = len(slots)
         self._start_sum = int(start.sum()) if rows else 0
         self._start_max = int(start.max()) if rows else 0
-        self._page_base = slots * self._tables.page_stride + start if self._page_size == 1 else NO_ROWS
+        self._since = self.advance
+        # Where each row's next page id and next output go, as of now: a step writes through a view shifted by the steps
+        # since (``table[shift:][base]``), which spares an addition over the rows.
+        self._page_base = slots * self._tables.page_stride + start + self.advance if self._page_size == 1 else NO_ROWS
         self._opening: dict[int, Column] = {}
         self.find_next_finish()
 
@@ -71,7 +75,7 @@ class RunningBatch:
         start = np.array([len(request.fill_ids) - advance for request in requests], dtype=np.int64)
         # The prefill yields one token, so max_new_tokens - 1 decodes remain; earlier outputs count after a retraction.
         finish_at = np.array([advance + r.max_new_tokens - r.old_outputs - 1 for r in requests], dtype=np.int64)
-        output_base = slots * self._tables.output_stride - advance
+        output_base = slots * self._tables.output_stride
         for request in requests:
             request.joined = advance
             request.in_running = True
@@ -79,7 +83,8 @@ class RunningBatch:
             self.requests = list(requests)
             self._set_columns(slots, start, finish_at, output_base)
             return
-        order = ((slots, self.slots), (start, self.start), (finish_at, self.finish_at), (output_base, self.output_base))
+        old_base = self.output_base + (advance - self._since)
+        order = ((slots, self.slots), (start, self.start), (finish_at, self.finish_at), (output_base, old_base))
         columns = [np.concatenate((new, old) if front else (old, new)) for new, old in order]
         self.requests = [*requests, *self.requests] if front else [*self.requests, *requests]
         self._set_columns(*columns)
@@ -95,7 +100,8 @@ class RunningBatch:
                     request.in_running = False
         self.requests = [requests[row] for row in rows]
         self.finished_rows = sum(request.finish_reason is not None for request in self.requests)
-        self._set_columns(self.slots[kept], self.start[kept], self.finish_at[kept], self.output_base[kept])
+        output_base = self.output_base[kept] + (self.advance - self._since)
+        self._set_columns(self.slots[kept], self.start[kept], self.finish_at[kept], output_base)
 
     def filter_finished(self) -> bool:
         """Drop the rows of ended requests; whether there were any."""
@@ -118,25 +124,29 @@ class RunningBatch:
         """Pages that the next decode step takes."""
         return len(self.requests) if self._page_size == 1 else len(self.rows_opening_a_page())
 
-    def decode_into(self, batch: Batch) -> None:
-        """Give every row room for one more token and append the rows to ``batch``. Raises OutOfPages."""
+    def decode_into(self, batch: Batch) -> int:
+        """Give every row room for one more token and append the rows to ``batch``; returns the pages taken. Raises
+        OutOfPages."""
         advance = self.advance
+        taken = 0
         if self._page_size == 1:
-            pages = self._allocator.alloc(len(self.requests))
-            self._tables.pages_flat[self._page_base + advance] = pages
+            taken = len(self.requests)
+            pages = self._allocator.alloc(taken)
+            self._tables.pages_flat[advance - self._since :][self._page_base] = pages
             batch.pages.append(pages)
-        elif len(rows := self.rows_opening_a_page()):
-            pages = self._allocator.alloc(len(rows))
+        elif taken := len(rows := self.rows_opening_a_page()):
+            pages = self._allocator.alloc(taken)
             page = (self.start[rows] + advance) // self._page_size
             self._tables.pages_flat[self.slots[rows] * self._tables.page_stride + page] = pages
             batch.pages.append(pages)
-        self.advance = advance = advance + 1
-        batch.advance = advance
+        self.advance = batch.advance = advance + 1
+        batch.output_shift = advance + 1 - self._since
         batch.decodes = self.requests
         batch.slots = self.slots
         batch.start = self.start
         batch.finish_at = self.finish_at
         batch.output_base = self.output_base
+        return taken
 
     def context_tokens(self) -> int:
         """KV tokens of all rows."""
@@ -152,7 +162,7 @@ class RunningBatch:
         Rows of requests that ended meanwhile write one token beyond their end into a slot that may have a new owner:
         harmless, because results are applied in launch order, before the new owner's first token.
         """
-        self._tables.outputs_flat[batch.output_base + batch.advance] = token_ids
+        self._tables.outputs_flat[batch.output_shift :][batch.output_base] = token_ids
         self.done = batch.advance
 
     # -- estimates ----------------------------------------------------------------------------------------------
@@ -160,8 +170,19 @@ class RunningBatch:
     def remaining_outputs(self, clip: int) -> int:
         """Sum over rows of min(max_new_tokens - outputs known, clip)."""
         remaining = self.finish_at - self.done
-        if self.finished_rows or (self.requests and not self.requests[-1].sampled) or not self.requests[0].sampled:
-            for row, request in enumerate(self.requests):
-                if request.finish_reason is not None or not request.sampled:
-                    remaining[row] = request.max_new_tokens - request.outputs_known(self.done)
+        for row in self._not_as_columns_say():
+            request = self.requests[row]
+            remaining[row] = request.max_new_tokens - request.outputs_known(self.done)
         return int(np.minimum(remaining, clip).sum())
+
+    def _not_as_columns_say(self) -> Iterator[int]:
+        """Rows whose known outputs do not follow from ``done``: ended ones (theirs stand still), and those whose first
+        token is not known yet, which joined last and so are at an end of the batch."""
+        requests = self.requests
+        if self.finished_rows:
+            yield from (row for row, request in enumerate(requests) if request.finish_reason is not None)
+        for order in (range(len(requests)), range(len(requests) - 1, -1, -1)):
+            for row in order:
+                if requests[row].sampled:
+                    break
+                yield row

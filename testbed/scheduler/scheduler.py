@@ -17,6 +17,7 @@ from testbed.memory import KvMemory
 from testbed.messages import ControlOutput, GenerateRequest, Message, RequestOutput
 from testbed.metrics.recorder import Recorder
 from testbed.request import NEVER, NO_TOKENS, FinishReason, Request
+from testbed.scenario.errors import InputError
 from testbed.scenario.schema import EngineConfig
 from testbed.scheduler.admission import PrefillAdder, Verdict
 from testbed.scheduler.batching import STRATEGIES, BatchingStrategy
@@ -69,6 +70,12 @@ class Scheduler:
         """Prompt and output together never exceed this (specification B.11)."""
         self.max_running_requests = config.max_running_requests
         self.chunk_size = None if config.chunked_prefill_size == -1 else config.chunked_prefill_size
+        if self.chunk_size is not None and self.chunk_size < config.page_size:
+            raise InputError(
+                f"a prefill of {self.chunk_size} tokens does not fill a page of {config.page_size}: no prompt would be cut",
+                where="engine.chunked_prefill_size",
+                remedy="give at least engine.page_size, or -1",
+            )
         self.running = RunningBatch(self.memory.slots, self.memory.allocator)
         self.waiting: list[Request] = []
         self.chunked: Request | None = None
@@ -263,7 +270,7 @@ class Scheduler:
         running = self.running
         if self.config.priority:
             running.is_full = False  # a newcomer may be more important than who was refused (SGLang 0.5.3)
-        if self.chunked is None and not (self.waiting and self._may_admit(token_budget)):
+        if self.chunked is None and (not self.waiting or not self._may_admit(token_budget)):
             return None
         seats = self.max_running_requests - len(running)
         if seats <= 0 and self.chunked is None:
@@ -329,36 +336,35 @@ class Scheduler:
 
     def decode_batch(self) -> Batch | None:
         """One token for every running request; retracts some first when memory does not suffice."""
-        running = self.running
-        before = len(running)
-        running.filter_finished()
+        running, memory = self.running, self.memory
+        before = len(running.requests)
+        if running.finished_rows:
+            running.filter_finished()
         if not running.requests:
             running.is_full = False
             return None
         batch = Batch(ForwardMode.DECODE)
-        p = self.config.page_size
-        needed = running.pages_needed() * p
-        batch.evicted_tokens = self.memory.make_room(needed)
-        if self.memory.allocator.available_tokens < needed:
+        pages = running.pages_needed()
+        if memory.allocator.free_pages < pages:
+            batch.evicted_tokens = memory.make_room(pages * memory.page_size)
+        if memory.allocator.free_pages < pages:
             retract_decode(self, batch)
             if not running.requests:
                 return None
         else:
-            self.new_token_ratio = max(self.new_token_ratio - self.ratio_decay, self.ratio_min)
-        if len(running) < before:
+            ratio = self.new_token_ratio - self.ratio_decay
+            self.new_token_ratio = ratio if ratio > self.ratio_min else self.ratio_min
+        if len(running.requests) < before:
             running.is_full = False
         self._advance(batch)
         return batch
 
     def _advance(self, batch: Batch) -> None:
         """Give each running row its next token's room, and the rows to ``batch``."""
-        running = self.running
-        if self.memory.evict_whole_need:  # SGLang asks for a page a row, whether the row opens one or not
-            batch.evicted_tokens += self.memory.make_room(len(running) * self.config.page_size)
-        held = len(batch.pages)
-        running.decode_into(batch)
-        if len(batch.pages) > held:
-            self.memory.owned_pages += len(batch.pages[-1])
+        running, memory = self.running, self.memory
+        if memory.evict_whole_need:  # SGLang asks for a page a row, whether the row opens one or not
+            batch.evicted_tokens += memory.make_room(len(running.requests) * memory.page_size)
+        memory.owned_pages += running.decode_into(batch)
 
     def mix_with_running(self, batch: Batch) -> Batch:
         """Let the running requests decode in a prefill's step, if memory holds one more token for each."""
@@ -386,13 +392,14 @@ class Scheduler:
         self.steps += 1
         prefills, running, allocator = batch.prefills, self.running, self.memory.allocator
         rows = len(batch.decodes)
-        batch.shape = BatchShape(
-            tuple([p.new_tokens for p in prefills]) if prefills else (),
-            tuple([p.prefix_tokens for p in prefills]) if prefills else (),
-            rows,
-            running.context_tokens() if rows else 0,
-            running.context_max() if rows else 0,
-        )
+        if prefills:
+            new, prefix = tuple([p.new_tokens for p in prefills]), tuple([p.prefix_tokens for p in prefills])
+        else:
+            new = prefix = ()
+        if rows:
+            batch.shape = BatchShape(new, prefix, rows, running.context_tokens(), running.context_max())
+        else:
+            batch.shape = BatchShape(new, prefix)
         batch.decided = (
             len(running.requests),
             len(self.waiting),
