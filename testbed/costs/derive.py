@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ GEMM_M = (
 GEMM_LEAST = 256
 """Narrower products than this do not occur in a decoder's layers."""
 HEAD_DIMS = (64, 128)
+RESOLUTION_NS = 500.0
+"""Differences of two measurements below this are noise."""
 MOE_SKEW = "power_law_1.01"
 """Routing of the kept expert measurements: mildly skewed."""
 
@@ -230,7 +232,9 @@ def _of_kv(frame: pd.DataFrame, dtype: str) -> pd.DataFrame:
 def by_heads(frame: pd.DataFrame) -> list[tuple[tuple[int, int, int], pd.DataFrame]]:
     """Parts of an attention table by (heads, KV heads, head size), in that order."""
     columns = ["num_heads", "num_key_value_heads", "head_dim"]
-    return [((int(k[0]), int(k[1]), int(k[2])), part) for k, part in frame.groupby(columns, sort=True)]
+    keys = sorted({(int(h), int(kv), int(d)) for h, kv, d in frame[columns].drop_duplicates().to_numpy()})
+    index = frame.set_index(columns).sort_index()
+    return [(key, index.loc[[key]].reset_index()) for key in keys]
 
 
 def _gemm_grid(frame: pd.DataFrame) -> dict[str, Any]:
@@ -319,15 +323,16 @@ def _llmservingsim(folder: Path, models: dict[str, str], l2_bytes: float) -> dic
     shapes: dict[tuple[int, int], list[int]] = {}
     prefill: dict[tuple[int, int, int], dict[str, Any]] = {}
     decode: dict[tuple[int, int, int], dict[str, Any]] = {}
+    mixed: dict[tuple[int, int, int], dict[str, Any]] = {}
     tables: dict[str, Any] = {}
     for measured, preset in models.items():
-        model = load_model(preset)
         for run in sorted((folder / measured / "bf16").glob("tp*")):
             tp = int(run.name.removeprefix("tp"))
-            heads = (model.heads // tp, model.kv_heads_per_gpu(tp), model.head_dim)
+            heads = heads_of(preset, tp)
             attention = read_layers(run / "attention.csv.gz")
             prefill.setdefault(heads, _prefill_behind_prefix(heads, attention))
             decode.setdefault(heads, _decode_alone(heads, attention, l2_bytes))
+            mixed.setdefault(heads, _decode_beside_prefill(heads, attention))
             shapes.update({k: v for k, v in layer_gemms(run, preset, tp).items() if k not in shapes})
             if (run / "moe.csv.gz").is_file():
                 tables["moe"] = {"bfloat16": _moe_by_activation(read_layers(run / "moe.csv.gz"), preset)}
@@ -337,8 +342,15 @@ def _llmservingsim(folder: Path, models: dict[str, str], l2_bytes: float) -> dic
         "gemm": {"bfloat16": gemm},
         "prefill": [prefill[key] for key in sorted(prefill)],
         "decode": {"bfloat16": [decode[key] for key in sorted(decode)]},
+        "mixed_decode": [mixed[key] for key in sorted(mixed)],
         **tables,
     }
+
+
+def heads_of(preset: str, tp: int) -> tuple[int, int, int]:
+    """Heads, KV heads and head size of a model on one of ``tp`` devices."""
+    model = load_model(preset)
+    return model.heads // tp, model.kv_heads_per_gpu(tp), model.head_dim
 
 
 def layer_gemms(run: Path, preset: str, tp: int) -> dict[tuple[int, int], list[int]]:
@@ -359,7 +371,10 @@ def layer_gemms(run: Path, preset: str, tp: int) -> dict[tuple[int, int], list[i
         part = frame[frame["layer"] == layer].groupby("tokens")["ns"].median()
         if len(part):
             smooth = pd.Series(rising(part.to_numpy(float)), index=part.index)
-            out[shape] = kept(smooth[[m for m in GEMM_M if m in smooth.index]])
+            measured = [m for m in GEMM_M if m in smooth.index]
+            if measured != list(GEMM_M[: len(measured)]):
+                raise InputError(f"{layer} has holes at {GEMM_M}", where=str(run), remedy="measure them")
+            out[shape] = kept(smooth[measured])
     return out
 
 
@@ -367,7 +382,8 @@ def _prefill_behind_prefix(heads: tuple[int, int, int], frame: pd.DataFrame) -> 
     """Whole prompts, continued past the longest chunk by that chunk behind prefixes (as equal work); and all chunks."""
     alone = frame[(frame["n_decode"] == 0) & (frame["prefill_chunk"] > 0)]
     table = alone.pivot_table(index="kv_prefill", columns="prefill_chunk", values="ns", aggfunc="median")
-    table = table.dropna(axis=1).loc[:, lambda t: [c for c in t.columns if c & (c - 1) == 0]]
+    doubling = [[int(x) for x in axis if int(x) & (int(x) - 1) == 0] for axis in (table.index, table.columns)]
+    table = table.loc[doubling[0], doubling[1]].dropna(axis=1)
     times = rising_both(table.to_numpy(float))
     chunk, prefix = table.columns.to_numpy(float), table.index.to_numpy(float)
     longest = np.round(np.sqrt(chunk[-1] * (chunk[-1] + 2 * prefix[1:])))
@@ -395,6 +411,25 @@ def _decode_alone(heads: tuple[int, int, int], frame: pd.DataFrame, l2_bytes: fl
     }
 
 
+def _decode_beside_prefill(heads: tuple[int, int, int], frame: pd.DataFrame) -> dict[str, Any]:
+    """What decode rows add to a batch that also prefills: their time beside the shortest chunk, less that chunk's.
+
+    Such a batch runs as one kernel of the prefill kind, which does not split a row's context, so its rows cost more
+    than in a decode step.
+    """
+    shortest = frame.loc[frame["prefill_chunk"] > 0, "prefill_chunk"].min()
+    beside = frame[(frame["prefill_chunk"] == shortest) & (frame["kv_prefill"] == 0)]
+    table = _grid(beside[beside["n_decode"] > 0], "n_decode", "kv_decode")
+    alone = float(beside.loc[beside["n_decode"] == 0, "ns"].median())
+    added = np.maximum(table.to_numpy(float) - alone, RESOLUTION_NS)
+    return {
+        **_heads(heads),
+        "batch": [int(b) for b in table.index],
+        "context": [int(c) for c in table.columns],
+        "ns": ragged(rising_both(added)),
+    }
+
+
 def _moe_by_activation(frame: pd.DataFrame, preset: str) -> dict[str, Any]:
     """Times over tokens, at the number of experts that so many tokens activate when each picks evenly."""
     model = load_model(preset)
@@ -406,8 +441,11 @@ def _moe_by_activation(frame: pd.DataFrame, preset: str) -> dict[str, Any]:
         known = row.dropna()
         times.append(float(np.interp(active, known.index.to_numpy(float), known.to_numpy(float))))
     shape = [model.hidden, model.moe_intermediate, model.experts_per_token, model.experts]
-    tokens_axis: Sequence[int] = [int(t) for t in table.index]
-    return {"tokens": tokens_axis, "shapes": [shape], "ns": [kept(rising(np.array(times)))]}
+    return {
+        "tokens": [int(t) for t in table.index.to_numpy()],
+        "shapes": [shape],
+        "ns": [kept(rising(np.array(times)))],
+    }
 
 
 if __name__ == "__main__":

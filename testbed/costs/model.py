@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from testbed.batch import BatchShape, StepCost
 from testbed.costs.devices import DeviceProfile
 from testbed.costs.operators import Operators
+from testbed.costs.tables import Curve
 from testbed.scenario.models import DTYPE_BYTES, ModelSpec
 from testbed.scenario.schema import ConstantDevice, EngineConfig
 
@@ -61,8 +62,9 @@ class OperatorCostModel:
     """Prices a step operator by operator, for one rank of one pipeline stage.
 
     Products and element-wise operators see the sum of the batch's tokens, attention each part: a mixed batch costs its
-    linear work once and the sum of its attentions. A pure decode batch that a captured CUDA graph holds is padded to
-    that graph's rows (its attention is not: padding rows have no context). Raises InputError like ``Operators``.
+    linear work once and the sum of its attentions (decode rows beside a prefill at their own price, where measured).
+    A pure decode batch that a captured CUDA graph holds is padded to that graph's rows; its attention is not, padding
+    rows having no context. Raises InputError like ``Operators``.
     """
 
     def __init__(self, model: ModelSpec, device: DeviceProfile, engine: EngineConfig, stage: int = 0) -> None:
@@ -73,19 +75,17 @@ class OperatorCostModel:
         self._kernels = self.operators.kernels
         self._linear: dict[tuple[int, bool], float] = {}
         self._head: dict[int, float] = {}
+        self._mixed: dict[int, Curve] = {}
         self._decode: dict[int, tuple[float, list[float], list[float], list[float], bool]] = {}
 
     def price(self, shape: BatchShape) -> StepCost:
         """The cost of a step; ``StepCost(0, 0, False)`` for an empty one."""
-        new_tokens, prefix_tokens, decodes, context_tokens, context_max = shape
+        new_tokens, _, decodes, context_tokens, context_max = shape
         if not new_tokens:
             return self.price_decode(decodes, context_tokens, context_max) if decodes else StepCost(0, 0, False)
         total = self._linear_ns(sum(new_tokens) + decodes, False) + self._head_ns(len(new_tokens) + decodes)
-        total += self.operators.prefill_ns(new_tokens, prefix_tokens)
-        kernels = self._kernels
-        if decodes:
-            total += self._attention_ns(decodes, context_tokens, context_max)
-        return StepCost(int(total), kernels, False)
+        total += sum(self._attention_ns(shape))
+        return StepCost(int(total), self._kernels, False)
 
     def price_decode(self, rows: int, context_tokens: int, context_max: int) -> StepCost:
         """The cost of a decode step. All that depends on ``rows`` alone is kept."""
@@ -108,12 +108,27 @@ class OperatorCostModel:
         i = bisect_left(self._captured, rows)
         return (self._captured[i], True) if i < len(self._captured) else (rows, False)
 
-    def _attention_ns(self, rows: int, context_tokens: int, context_max: int) -> float:
+    def _attention_ns(self, shape: BatchShape) -> tuple[float, float]:
+        """Attention of the prefills, and what the decode rows add to it."""
+        new_tokens, prefix_tokens, rows, context_tokens, context_max = shape
+        prefill = self.operators.prefill_ns(new_tokens, prefix_tokens) if new_tokens else 0.0
+        if not rows:
+            return prefill, 0.0
         _, xs, ys, slopes, _ = self._decode.get(rows) or self._decode_rows(rows)
         mean = context_tokens / rows
         mean += self._skew * max(0.0, context_max - mean)
         i = bisect_right(xs, mean) - 1
-        return ys[i] + (mean - xs[i]) * slopes[i]
+        alone = ys[i] + (mean - xs[i]) * slopes[i]
+        if not new_tokens or not self.operators.measures_mixed:
+            return prefill, alone
+        added = max(self._mixed_curve(rows).at(mean), self._mixed_curve(1).at(context_max))
+        return prefill, max(added, alone - prefill)
+
+    def _mixed_curve(self, rows: int) -> Curve:
+        curve = self._mixed.get(rows)
+        if curve is None:
+            self._mixed[rows] = curve = self.operators.decode_curve(rows, beside_prefill=True)
+        return curve
 
     def _linear_ns(self, tokens: int, graph: bool) -> float:
         key = tokens, graph
@@ -137,11 +152,9 @@ class OperatorCostModel:
             tokens, graph = self._padded(rows)
             rows = tokens
         parts = self.operators.linear_ns(tokens, graph) | self.operators.head_ns(rows)
-        if shape.new_tokens:
-            parts["prefill_attention"] = self.operators.prefill_ns(shape.new_tokens, shape.prefix_tokens)
-        if shape.decodes:
-            parts["decode_attention"] = self._attention_ns(shape.decodes, shape.context_tokens, shape.context_max)
-        return {name: int(ns) for name, ns in parts.items()}
+        prefill, decode = self._attention_ns(shape)
+        parts |= {"prefill_attention": prefill, "decode_attention": decode}
+        return {name: int(ns) for name, ns in parts.items() if ns}
 
     def unmeasured(self) -> list[str]:
         """Which operators are priced without a measurement of theirs, and how."""

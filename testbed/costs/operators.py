@@ -7,6 +7,7 @@ its roofline; one without is priced by the profile's formula and listed in ``unm
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -56,6 +57,7 @@ class Operators:
         self._lm_head = self._gemm("lm_head", -(-model.vocab // self.tp), model.hidden, self.dtype)
         self._prefill = self._prefill_attention()
         self._decode = self._decode_attention()
+        self._mixed = self._mixed_attention()
         self._reduce = {graph: self._all_reduce(graph) for graph in (True, False)} if self.tp > 1 else {}
         self._note_formulas()
 
@@ -138,7 +140,8 @@ class Operators:
     def expected_experts(self, tokens: Count) -> Count:
         """Experts of a layer that ``tokens`` tokens activate when each picks evenly."""
         model = self.model
-        return model.experts * (1.0 - (1.0 - model.experts_per_token / model.experts) ** tokens)
+        missed: Count = (1.0 - model.experts_per_token / model.experts) ** tokens
+        return model.experts * (1.0 - missed)
 
     def _experts(self) -> Curve:
         """Time over tokens of a layer's routed experts on this rank, their activation included."""
@@ -146,7 +149,7 @@ class Operators:
         peak, per_ns = self.device.peak(dtype), self.device.bytes_per_ns / DTYPE_BYTES[dtype]
 
         def roofline(tokens: float, hidden: int, width: int, topk: int, experts: int) -> float:
-            active = experts * (1.0 - (1.0 - topk / experts) ** tokens)
+            active = experts * (1.0 - math.pow(1.0 - topk / experts, tokens))
             return max(6.0 * tokens * topk * hidden * width / peak, 3.0 * active * hidden * width / per_ns)
 
         shape = (model.hidden, self.expert_width, model.experts_per_token, model.experts)
@@ -188,6 +191,13 @@ class Operators:
         if not table.exact:
             self.unmeasured.append("decode attention: nearest measured heads, batch scaled to them")
         return table
+
+    def _mixed_attention(self) -> DecodeAttention | None:
+        data = self.device.tables.get("mixed_decode")
+        if not data or self.dtype not in _HALF or self.kv_dtype not in _HALF:
+            self.unmeasured.append("attention of a batch that prefills and decodes: the sum of its parts")
+            return None
+        return DecodeAttention(data, self.heads, self.kv_heads, self.model.head_dim)
 
     def _all_reduce(self, graph: bool) -> Curve:
         """Time over elements. An eager call costs on the device what the graph's does, plus its copy into the shared
@@ -258,15 +268,24 @@ class Operators:
         least = self.device.roofline_ns(flops, kv_bytes, self.dtype)
         return self.layers * max(self._prefill.at(new_tokens, prefix_tokens), least)
 
-    def decode_curve(self, rows: int) -> Curve:
-        """Decode attention of ``rows`` rows in every layer, over their mean context; the first knot is at 0."""
+    @property
+    def measures_mixed(self) -> bool:
+        """Whether decode rows beside a prefill have a table of their own."""
+        return self._mixed is not None
+
+    def decode_curve(self, rows: int, beside_prefill: bool = False) -> Curve:
+        """Decode attention of ``rows`` rows in every layer, over their mean context; the first knot is at 0.
+
+        ``beside_prefill``: what they add to a batch that also prefills, where that is measured.
+        """
         flops = 4.0 * rows * self.heads * self.model.head_dim
         kv_bytes = float(rows * self.kv_token_bytes)
         device, dtype = self.device, self.dtype
-        if self._decode is None:
+        table = self._mixed if beside_prefill and self._mixed else self._decode
+        if table is None:
             knots = [1.0, 1024.0]
             curve = Curve(knots, [device.formula_ns(flops * c, kv_bytes * c, dtype) for c in knots])
         else:
-            curve = self._decode.curve(rows, lambda c: device.roofline_ns(flops * c, kv_bytes * c, dtype))
+            curve = table.curve(rows, lambda c: device.roofline_ns(flops * c, kv_bytes * c, dtype))
         ys = [self.layers * y for y in curve.ys]
         return Curve([0.0, *curve.xs], [ys[0], *ys])

@@ -3,8 +3,9 @@
 Every table holds nanoseconds of one operator call on one device. Between points a time is linear along each physical
 axis (along the length of a prefill its square root is, attention being quadratic there); beyond the last point the
 utilisation of the last point is held, so the time grows with the work. Nothing here is faster than the *roofline* that
-the caller passes in: a time is at least the compulsory work at 100 % of the datasheet's peaks. Times at the
-knots are clamped; a roofline is convex along every axis, so what lies between knots is clamped with them.
+the caller passes in: a time is at least the compulsory work at 100 % of the datasheet's peaks. Times are clamped at the
+knots; a roofline being convex, what lies between knots is clamped with them (the experts that tokens activate are not
+convex in the tokens: between knots their bound is the chord).
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def test_a_wrong_file_names_the_place(tmp_path: Path, text: str, where: str) -> 
 
 
 def test_a_misspelt_preset_suggests_the_near_one() -> None:
-    with pytest.raises(InputError, match="did you mean sglang-0.5"):
+    with pytest.raises(InputError, match=r"did you mean sglang-0\.5"):
         load_host("sglang-05")
 
 
