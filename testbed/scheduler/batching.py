@@ -67,8 +67,8 @@ class Static:
 
     def next_batch(self, scheduler: Scheduler) -> Batch | None:
         """A prefill while the batch is being filled, else a decode step."""
-        if not scheduler.running.requests and scheduler.chunked is None:
-            self._filling = True
+        if len(scheduler.running) == scheduler.running.finished_rows:
+            self._filling = True  # also with a half computed prompt: nobody is left that it could wait for
         if self._filling and (prefill := scheduler.new_prefill_batch(scheduler.chunk_size)):
             return prefill
         self._filling = False
