@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -67,7 +68,7 @@ def _mark_percentiles(axes: Axes, values: Floats, colour: str) -> None:
     for percent in (50, 99):
         at = float(np.percentile(values, percent))
         axes.plot([at], [percent / 100], "o", color=colour, markersize=4.5)
-        _note(axes, f"p{percent}  {at:.3g} ms", (at, percent / 100), (6, -11))
+        _note(axes, f"p{percent}  {_digits(at)} ms", (at, percent / 100), (6, -11))
 
 
 def _note(axes: Axes, text: str, at: tuple[float, float], shift: tuple[float, float], colour: str = style.INK) -> None:
@@ -250,7 +251,7 @@ def comparison_bars(figures: Sequence[Compared], metrics: Sequence[str]) -> Figu
     columns = min(3, len(metrics))
     rows = -(-len(metrics) // columns)
     by_metric = {metric: [one for one in figures if one.metric == metric] for metric in metrics}
-    names = [one.run for one in by_metric[metrics[0]]]
+    names = [fill(one.run, 24) for one in by_metric[metrics[0]]]
     figure, panels = style.new_figure(0.7 + rows * (0.75 + 0.3 * len(names)), rows, columns, sharey=True)
     for axes, metric in zip(panels, metrics, strict=False):
         cells = by_metric[metric]
@@ -260,7 +261,7 @@ def comparison_bars(figures: Sequence[Compared], metrics: Sequence[str]) -> Figu
             if cell.interval and not np.isnan(cell.interval[0]):
                 axes.plot(cell.interval, [row, row], color=style.INK, linewidth=1.4, solid_capstyle="butt")
             top = max(cell.value, cell.interval[1] if cell.interval else 0)
-            text = "-" if np.isnan(cell.value) else f"{cell.value:.4g}"
+            text = "-" if np.isnan(cell.value) else _digits(cell.value)
             _note(axes, text, (float(np.nan_to_num(top)), row), (4, 0))
         axes.set(
             title=_title(metric),
@@ -288,6 +289,10 @@ def _title(metric: str) -> str:
     }.get(metric, "")
     text = " ".join(words)
     return text[0].upper() + text[1:] + unit
+
+
+def _digits(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _colours(number: int) -> list[str]:

@@ -88,13 +88,11 @@ class Comparison:
         return "\n".join([line.rstrip() for line in [*lines, legend]])
 
     def save(self, folder: Path | str) -> Path:
-        """Write ``compare.json``, ``compare.html`` and figures.
+        """Write ``compare.json`` and ``compare.csv`` (the frame); ``testbed.report.write_report(runs)`` makes the page.
 
         Raises:
             InputError: the folder holds something already.
         """
-        from testbed.report import write_report
-
         folder = new_folder(Path(folder))
         content = {
             "runs": self.names,
@@ -104,7 +102,7 @@ class Comparison:
             "figures": [{**asdict(figure), "verdict": figure.verdict} for figure in self.figures],
         }
         write_json(content, folder / "compare.json")
-        write_report(self.runs, folder, baseline=self.baseline, page="compare.html")
+        self.frame().to_csv(folder / "compare.csv", index=False, lineterminator="\n")
         return folder
 
 
