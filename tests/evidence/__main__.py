@@ -44,7 +44,8 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="a small size, for continuous integration")
     arguments = parser.parse_args()
     chosen = lines() if arguments.line == "all" else [arguments.line]
-    return 0 if all([show(line, arguments.smoke) for line in chosen]) else 1
+    passed = [show(line, arguments.smoke) for line in chosen]  # a list: every line is shown, also after a failure
+    return 0 if all(passed) else 1
 
 
 if __name__ == "__main__":

@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from testbed.cli.main import INTERNAL, INTERRUPTED, MISSED, OK, WRONG_INPUT, invoke
+
+SCENARIO = """\
+name: Small & quick
+model: qwen3-0.6b
+device: {constant: {prefill_ns: 5000000, decode_ns: 1000000}}
+host: none
+engine: {kv_tokens: 10000}
+workload:
+  arrivals: {kind: constant, rate_per_s: 100}
+  lengths: {prompt_tokens: 50, output_tokens: 5}
+  count: 8
+"""
+HEAVY = ("pandas", "scipy", "matplotlib", "simpy", "numpy.random")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "s.yaml").write_text(SCENARIO, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def ended_process(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "testbed.cli.main", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_simulate_writes_a_new_folder_each_time(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(["simulate", "s.yaml", "--no-report"]) == OK
+    assert "Serving Benchmark Result" in capsys.readouterr().out
+    assert invoke(["simulate", "s.yaml", "--no-report", "--seed", "5"]) == OK
+    assert sorted(path.name for path in (folder / "runs").iterdir()) == ["small-quick-1", "small-quick-2"]
+    first, second = (json.loads((folder / f"runs/small-quick-{n}/run.json").read_text()) for n in (1, 2))
+    assert first["completed"] == second["completed"] == 8
+    assert "seed: 5" in (folder / "runs/small-quick-2/scenario.resolved.yaml").read_text()
+
+
+def test_numbers_grow_past_gaps(folder: Path) -> None:
+    (folder / "runs" / "small-quick-7").mkdir(parents=True)
+    assert invoke(["simulate", "s.yaml", "--no-report"]) == OK
+    assert (folder / "runs" / "small-quick-8" / "run.json").is_file()
+
+
+def test_a_chosen_folder_is_never_written_over(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(["simulate", "s.yaml", "--no-report", "-o", "out/deep"]) == OK
+    before = (folder / "out/deep/run.json").read_bytes()
+    assert invoke(["simulate", "s.yaml", "--no-report", "-o", "out/deep"]) == WRONG_INPUT
+    assert "not empty" in capsys.readouterr().err
+    assert (folder / "out/deep/run.json").read_bytes() == before
+
+
+def test_the_resolved_scenario_gives_the_same_run(folder: Path) -> None:
+    assert invoke(["simulate", "s.yaml", "--no-report", "-o", "a"]) == OK
+    assert invoke(["simulate", "a/scenario.resolved.yaml", "--no-report", "-o", "b"]) == OK
+    for name in ("decisions.bin", "scenario.resolved.yaml"):
+        assert (folder / "a" / name).read_bytes() == (folder / "b" / name).read_bytes()
+
+
+def test_variants_are_compared(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compare = "compare:\n  normal: {engine.loop: normal}\n  overlap: {engine.loop: overlap}\n"
+    (folder / "c.yaml").write_text(SCENARIO + compare, encoding="utf-8")
+    assert invoke(["simulate", "c.yaml", "-o", "out"]) == OK
+    out = capsys.readouterr().out
+    assert out.count("Serving Benchmark Result") == 2
+    assert "paired" in out
+    assert {path.name for path in (folder / "out").iterdir()} == {"normal", "overlap", "comparison"}
+    assert invoke(["compare", "out/overlap", "out/normal"]) == OK
+    assert "mean_ttft_ms" in capsys.readouterr().out
+
+
+def test_report_of_a_saved_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(["simulate", "s.yaml", "--no-report", "-o", "out"]) == OK
+    assert not (folder / "out/report.html").exists()
+    assert invoke(["report", "out"]) == OK
+    assert (folder / "out/report.html").stat().st_size > 1000
+
+
+class TestThresholds:
+    @pytest.mark.parametrize(
+        ("condition", "status"),
+        [
+            ("ttft_p99_ms>1000", OK),
+            ("p99_ttft_ms>1000", OK),
+            ("ttft_p99_ms>1", MISSED),
+            ("completed<8", OK),
+            ("completed<=8", MISSED),
+            ("ttft_p98.5_ms >= 1", MISSED),
+            ("mfu_percent>90", MISSED),  # a constant device knows no MFU: nothing is proven
+        ],
+    )
+    def test_fail_if(self, folder: Path, condition: str, status: int) -> None:
+        assert invoke(["simulate", "s.yaml", "--no-report", "--fail-if", condition]) == status
+
+    def test_slo(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert invoke(["simulate", "s.yaml", "--no-report", "--set", "slo={ttft_ms: {p99: 1000}}"]) == OK
+        assert invoke(["simulate", "s.yaml", "--no-report", "--set", "slo={ttft_ms: {p99: 1}}"]) == MISSED
+        captured = capsys.readouterr()
+        assert "missed: slo: p99_ttft_ms" in captured.err
+        assert (folder / "runs/small-quick-2/run.json").is_file()  # a missed threshold is a result
+
+    def test_unknown_figure(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert invoke(["simulate", "s.yaml", "--no-report", "--fail-if", "throughputt>1"]) == WRONG_INPUT
+        assert "there is no figure 'throughputt'" in capsys.readouterr().err
+
+
+def test_validate_says_what_follows(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(["validate", "s.yaml", "--set", "device=h100-sxm", "--set", "engine.kv_tokens=null"]) == OK
+    out = capsys.readouterr().out
+    assert "max_running_requests: 256" in out
+    assert "# weights:    1.19 GB a device" in out
+    assert "# loop:       overlap (auto)" in out
+    assert "tokens of 114,688 bytes" in out
+
+
+def test_warnings_do_not_stop(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["--set", "engine.policy=lpm", "--set", "engine.prefix_cache=none"]
+    assert invoke(["simulate", "s.yaml", "--no-report", *settings]) == OK
+    assert "warning: --set engine.policy=lpm: engine.policy: lpm" in capsys.readouterr().err
+
+
+def test_presets(capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(["presets"]) == OK
+    out = capsys.readouterr().out
+    for name in ("llama-3.1-8b", "h100-sxm", "vllm-v1-early", "sglang-0.5.1", "azure_llm_2023_code.csv", "azure-conv"):
+        assert f"\n  {name}" in out
+    assert invoke(["presets", "engines"]) == OK
+    assert capsys.readouterr().out.splitlines()[0] == "engines"
+
+
+def test_trace_stats(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = "arrival_s,input_tokens,output_tokens,client_id\n0,100,10,1\n1,300,30,2\n"
+    (folder / "t.csv").write_text(rows, encoding="utf-8")
+    assert invoke(["trace", "stats", "t.csv"]) == OK
+    assert "mean 200" in capsys.readouterr().out
+    assert invoke(["trace", "stats", "t.csv", "--json"]) == OK
+    assert json.loads(capsys.readouterr().out)["rows"] == 2
+
+
+class TestEndings:
+    def test_usage(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert invoke(["simulate", "--nonsense"]) == WRONG_INPUT
+        assert invoke(["nonsense"]) == WRONG_INPUT
+        assert "Traceback" not in capsys.readouterr().err
+        assert invoke(["--help"]) == OK
+
+    def test_internal_error_leaves_a_report(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def fail(*_: object, **__: object) -> None:
+            raise ZeroDivisionError("a defect")
+
+        monkeypatch.setattr("testbed.api.simulate", fail)
+        assert invoke(["simulate", "s.yaml"]) == INTERNAL
+        (report,) = folder.glob("testbed-error-*.txt")
+        text = report.read_text()
+        assert "command: testbed simulate s.yaml" in text and "Traceback" in text and "a defect" in text
+        err = capsys.readouterr().err
+        assert str(report) in err and "Traceback" not in err
+
+    def test_interrupt(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def interrupted(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("testbed.api.simulate", interrupted)
+        assert invoke(["simulate", "s.yaml"]) == INTERRUPTED
+        assert not (folder / "runs").exists()
+
+    @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
+    def test_interrupt_of_a_process(self, folder: Path) -> None:
+        settings = ["--set", "workload.count=1000000", "--set", "workload.arrivals.rate_per_s=10"]
+        command = [sys.executable, "-m", "testbed.cli.main", "simulate", "s.yaml", *settings]
+        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        time.sleep(3)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=30)
+        assert process.returncode == INTERRUPTED, stderr
+        assert "Traceback" not in stderr
+
+    def test_nobody_reads(self, folder: Path) -> None:
+        command = f"{sys.executable} -m testbed.cli.main presets | true"
+        ended = subprocess.run(
+            ["bash", "-c", command], cwd=folder, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert ended.stderr == ""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["simulate", "--help"], ["validate", "missing.yaml"]])
+def test_light_commands_import_little(arguments: list[str], tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom testbed.cli.main import invoke\n"
+        f"invoke({arguments!r})\nprint('\\n'.join(sys.modules), file=sys.stderr)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    loaded = ended.stderr.splitlines()
+    assert "testbed.cli.main" in loaded
+    assert [name for name in HEAVY if name in loaded] == []
+
+
+def test_the_entry_point(folder: Path) -> None:
+    ended = ended_process("simulate", "s.yaml", "--no-report", "--no-progress", cwd=folder)
+    assert (ended.returncode, ended.stderr) == (OK, "")
+    assert ended.stdout.rstrip().endswith("run: runs/small-quick-1")
