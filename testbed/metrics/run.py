@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["RESAMPLES", "Run"]
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """One run of a scenario.
 
