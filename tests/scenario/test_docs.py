@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from testbed.scenario.load import load_scenario
+from testbed.scenario.schema import ConstantDevice, EngineConfig, Measure, Parallel, Rules, Scenario, Slo
+from testbed.scenario.yaml_reader import parse_yaml
+
+PAGE = (Path(__file__).parents[2] / "docs" / "scenario.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("model", [Scenario, EngineConfig, Rules, Parallel, Measure, Slo, ConstantDevice])
+def test_every_field_is_documented(model: type[Scenario]) -> None:
+    assert [name for name in model.model_fields if name not in PAGE] == []
+
+
+def test_the_first_example_loads() -> None:
+    example = PAGE.split("```yaml\n")[1].split("```")[0]
+    scenario = load_scenario(parse_yaml(example, "docs/scenario.md").data).scenario
+    assert scenario.workload.count == 2500
