@@ -82,6 +82,8 @@ class Scheduler:
         """The one request whose prompt is half computed."""
         self.last_batch: Batch | None = None
         self.late_results = late_results
+        self.vacated: Batch | None = None
+        """A decode step that was not launched, because its retractions left nobody; the next launch reports them."""
         self.in_flight: list[Batch] = []
         self.requests: dict[str, Request] = {}
         """Every request that has not ended, by id."""
@@ -226,6 +228,8 @@ class Scheduler:
         if running.finished_rows and self.rules.admission == "every_step":
             running.filter_finished()
         batch = self.strategy.next_batch(self)
+        if batch is None and self.vacated is not None and not self.in_flight:
+            batch = self.strategy.next_batch(self)  # what the retracted held is free now, and no result will tell
         self.last_batch = batch
         if batch is not None:
             self._launch(batch)
@@ -313,7 +317,9 @@ class Scheduler:
         fresh = [p.request for p in adder.prefills if p.request is not self.chunked]
         self.admitted = len(fresh)
         self.matched_tokens = adder.matched_tokens
-        if fresh:
+        if fresh == self.waiting[: len(fresh)]:
+            del self.waiting[: len(fresh)]
+        else:
             self.waiting = [request for request in self.waiting if request.rank not in selected]
         self.chunked = adder.chunked
 
@@ -350,6 +356,7 @@ class Scheduler:
         if memory.allocator.free_pages < pages:
             retract_decode(self, batch)
             if not running.requests:
+                self.vacated = batch
                 return None
         else:
             ratio = self.new_token_ratio - self.ratio_decay
@@ -390,6 +397,10 @@ class Scheduler:
         """Number, shape, log and check a decided batch."""
         batch.index = self.steps
         self.steps += 1
+        if self.vacated is not None:
+            batch.retracted = [*self.vacated.retracted, *batch.retracted]
+            batch.evicted_tokens += self.vacated.evicted_tokens
+            self.vacated = None
         prefills, running, allocator = batch.prefills, self.running, self.memory.allocator
         rows = len(batch.decodes)
         if prefills:
@@ -434,8 +445,8 @@ class Scheduler:
     def _process_prefills(self, batch: Batch, result: StepResult, ended: list[Request]) -> None:
         for row, (request, _, _, last) in enumerate(batch.prefills):
             request.pending_prefills -= 1
-            if not last or request.finish_reason is not None or request.slot == NEVER:
-                continue
+            if not last or request.finish_reason is not None or request.slot == NEVER or request.pending_prefills:
+                continue  # not its end, ended, retracted, or retracted and admitted again
             request.sampled = True
             self.memory.slots.outputs[request.slot, 0] = result.token_ids[row]
             if request.old_outputs + 1 >= request.max_new_tokens:
