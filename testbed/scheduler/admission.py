@@ -184,7 +184,7 @@ class PrefillAdder:
         request.last_node = self.scheduler.cache.root
         if self.chunk_left is None or self._in_pages(new) <= self.chunk_left:
             self._select(request, 0, new, True, min(request.max_new_tokens, self.clip))
-        elif self.chunk_left == 0:
+        elif self.chunk_left <= 0:  # below 0: a padded chunk beside decode rows
             return Verdict.OTHER
         else:
             self._select(request, 0, self.chunk_left, False, 0)
