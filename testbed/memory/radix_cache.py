@@ -178,14 +178,14 @@ class RadixCache:
 
     # -- checking -----------------------------------------------------------------------------------------------
 
-    def nodes(self) -> Iterator[Node]:
-        """Every node but the roots of name spaces, parents first, in order of insertion."""
-        stack = list(self._spaces.values())[::-1]
-        while stack:
-            node = stack.pop()
-            if node.parent is not None:
-                yield node
-            stack.extend(reversed(node.children.values()))
+    def nodes(self) -> list[Node]:
+        """Every node but the roots of name spaces, parents before children."""
+        found: list[Node] = []
+        level = [child for space in self._spaces.values() for child in space.children.values()]
+        while level:
+            found += level
+            level = [child for node in level if node.children for child in node.children.values()]
+        return found
 
     def spaces(self) -> Iterator[Node]:
         """The roots of the name spaces, in order of creation."""

@@ -93,7 +93,8 @@ class Invariants:
         ranks = {request.rank for request in members}
         self._require(bool(members), "batch", "empty batch")
         self._require(len(ranks) == len(members), "batch", "a request is in the batch twice")
-        self._require(ranks.isdisjoint(r.rank for r in scheduler.waiting), "batch", "a member is also waiting")
+        # Who waits holds no slot (the full check compares the lists themselves: the queue may be long).
+        self._require(all(r.slot != NEVER for r in members), "batch", "a member holds no slot")
         rows = len(scheduler.running.requests) + sum(1 for p in batch.prefills if not p.request.in_running)
         limit = max(scheduler.config.max_running_requests, len(scheduler.running.requests))
         chunked = any(p.request is scheduler.chunked for p in batch.prefills) or scheduler.rules.can_stall
@@ -112,8 +113,9 @@ class Invariants:
         self.pages()
         scheduler = self._scheduler
         holders = [request for request in scheduler.requests.values() if request.slot != NEVER]
-        self._page_owners(holders)
-        self._locks(holders)
+        nodes = scheduler.memory.cache.nodes()
+        self._page_owners(holders, nodes)
+        self._locks(holders, nodes)
         running = scheduler.running
         live = [request for request in running.requests if request.finish_reason is None]
         self._require(running.finished_rows == len(running.requests) - len(live), "full", "finished rows miscounted")
@@ -128,14 +130,13 @@ class Invariants:
         self._require(sorted(everybody) == sorted(r.rank for r in scheduler.requests.values()), "full", "request lost")
         self._require(all(r.slot == NEVER for r in scheduler.waiting), "full", "a waiting request holds a slot")
 
-    def _page_owners(self, holders: list[Request]) -> None:
+    def _page_owners(self, holders: list[Request], nodes: list[Node]) -> None:
         scheduler = self._scheduler
         memory = scheduler.memory
         p = memory.page_size
         owned = [
             memory.slots.pages[r.slot, r.prefix_tokens // p : -(-scheduler.allocated_tokens(r) // p)] for r in holders
         ]
-        nodes = list(memory.cache.nodes())
         parts = [memory.allocator.free_list(), memory.allocator.quarantine_list(), *owned, *(n.pages for n in nodes)]
         # As many entries as pages, and every page met: then every page is met once.
         met = np.zeros(memory.allocator.num_pages + 1, dtype=np.bool_)
@@ -148,7 +149,7 @@ class Invariants:
         slots = sorted([*memory.slots.free_list(), *(request.slot for request in holders)])
         self._require(slots == list(range(memory.slots.count)), "full", "a slot is free and held, or neither")
 
-    def _locks(self, holders: list[Request]) -> None:
+    def _locks(self, holders: list[Request], nodes: list[Node]) -> None:
         """A node's lock count is the number of holders whose path passes through it; sizes equal their recount."""
         cache = self._scheduler.memory.cache
         expected: dict[Node, int] = {}
@@ -161,12 +162,16 @@ class Invariants:
             if not cache.disabled:
                 self._require(depth == request.prefix_tokens, "full", f"{request.rid}: prefix is not its locked path")
         evictable = protected = 0
-        for node in cache.nodes():
-            self._require(node.locks == expected.get(node, 0), "full", "lock count differs from the requests' paths")
-            self._require(len(node.tokens) == len(node.pages) * cache.page_size, "full", "node key and pages differ")
-            if node.locks:
-                protected += len(node.tokens)
+        page_size = cache.page_size
+        for node in nodes:
+            tokens, locks = len(node.tokens), node.locks
+            if locks != expected.get(node, 0):
+                self._require(False, "full", "lock count differs from the requests' paths")
+            if tokens != len(node.pages) * page_size:
+                self._require(False, "full", "node key and pages differ")
+            if locks:
+                protected += tokens
             else:
-                evictable += len(node.tokens)
+                evictable += tokens
         self._require(evictable == cache.evictable_tokens, "full", "evictable tokens miscounted")
         self._require(protected == cache.protected_tokens, "full", "protected tokens miscounted")

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from testbed.batch import NO_ROWS, Batch
+from testbed.batch import Batch
 from testbed.memory import PageAllocator, RequestSlots
 from testbed.request import Request
 
@@ -41,67 +41,70 @@ class RunningBatch:
         self.finished_rows = 0
         """Rows whose request has ended and that the next filter drops."""
         self.requests: list[Request] = []
-        self._set_columns(NO_ROWS, NO_ROWS, NO_ROWS, NO_ROWS)
+        self._set_columns(np.empty((4, 0), dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.requests)
 
-    def _set_columns(self, slots: Column, start: Column, finish_at: Column, output_base: Column) -> None:
-        self.slots = slots
-        self.start = start
-        self.finish_at = finish_at
-        self.output_base = output_base
-        rows = len(slots)
-        self._start_sum = int(start.sum()) if rows else 0
-        self._start_max = int(start.max()) if rows else 0
-        self._since = self.advance
+    def _set_columns(self, columns: NDArray[np.int64]) -> None:
+        """``columns``: int64 [4, n], one row a column, so that a change of membership is one operation."""
+        self._columns = columns
+        self.slots, self.start, self.finish_at, self.output_base = columns
+        rows = columns.shape[1]
+        self._start_sum = int(self.start.sum()) if rows else 0
+        self._start_max = int(self.start.max()) if rows else 0
+        self._since = advance = self.advance
         # Where each row's next page id and next output go, as of now: a step writes through a view shifted by the steps
         # since (``table[shift:][base]``), which spares an addition over the rows.
-        self._page_base = slots * self._tables.page_stride + start + self.advance if self._page_size == 1 else NO_ROWS
+        if self._page_size == 1:
+            self._page_base = self.slots * self._tables.page_stride + (self.start + advance)
         self._opening: dict[int, Column] = {}
-        self.find_next_finish()
-
-    def find_next_finish(self) -> None:
-        """``next_finish``: the first advance after ``done`` whose result ends a row by length."""
         later = self.finish_at[self.finish_at > self.done]
         self.next_finish = int(later.min()) if len(later) else FAR
+        """No row ends by length with the result of an advance before this one."""
+
+    def _settled_columns(self) -> NDArray[np.int64]:
+        """The columns with ``output_base`` as of now."""
+        if self.advance != self._since:
+            columns = self._columns.copy()
+            columns[3] += self.advance - self._since
+            return columns
+        return self._columns
 
     # -- membership ---------------------------------------------------------------------------------------------
 
     def merge(self, requests: list[Request], front: bool = False) -> None:
-        """Requests whose prefill was launched join, at the end of the batch order or (SGLang's mixed batches) in front."""
-        advance = self.advance
-        slots = np.array([request.slot for request in requests], dtype=np.int64)
-        start = np.array([len(request.fill_ids) - advance for request in requests], dtype=np.int64)
+        """Requests whose prefill was launched join, at the end of the batch or (SGLang's mixed batches) in front."""
+        advance, stride = self.advance, self._tables.output_stride
         # The prefill yields one token, so max_new_tokens - 1 decodes remain; earlier outputs count after a retraction.
-        finish_at = np.array([advance + r.max_new_tokens - r.old_outputs - 1 for r in requests], dtype=np.int64)
-        output_base = slots * self._tables.output_stride
+        rows = [
+            (r.slot, len(r.fill_ids) - advance, advance + r.max_new_tokens - r.old_outputs - 1, r.slot * stride)
+            for r in requests
+        ]
+        joining = np.array(rows, dtype=np.int64).T
         for request in requests:
             request.joined = advance
             request.in_running = True
         if not self.requests:
             self.requests = list(requests)
-            self._set_columns(slots, start, finish_at, output_base)
+            self._set_columns(joining)
             return
-        old_base = self.output_base + (advance - self._since)
-        order = ((slots, self.slots), (start, self.start), (finish_at, self.finish_at), (output_base, old_base))
-        columns = [np.concatenate((new, old) if front else (old, new)) for new, old in order]
+        staying = self._settled_columns()
         self.requests = [*requests, *self.requests] if front else [*self.requests, *requests]
-        self._set_columns(*columns)
+        self._set_columns(np.concatenate((joining, staying) if front else (staying, joining), axis=1))
 
     def keep(self, rows: list[int]) -> None:
         """Keep these rows, in this order."""
-        kept = np.array(rows, dtype=np.int64)
         requests = self.requests
-        if len(rows) < len(requests):
-            staying = set(rows)
-            for row, request in enumerate(requests):
-                if row not in staying:
-                    request.in_running = False
-        self.requests = [requests[row] for row in rows]
-        self.finished_rows = sum(request.finish_reason is not None for request in self.requests)
-        output_base = self.output_base[kept] + (self.advance - self._since)
-        self._set_columns(self.slots[kept], self.start[kept], self.finish_at[kept], output_base)
+        for request in requests:
+            request.in_running = False
+        self.requests = kept = [requests[row] for row in rows]
+        self.finished_rows = 0
+        for request in kept:
+            request.in_running = True
+            if request.finish_reason is not None:
+                self.finished_rows += 1
+        self._set_columns(self._settled_columns()[:, np.array(rows, dtype=np.int64)])
 
     def filter_finished(self) -> bool:
         """Drop the rows of ended requests; whether there were any."""

@@ -466,7 +466,6 @@ class Scheduler:
                 request = batch.decodes[row]
                 if request.finish_reason is None and request.in_running:
                     self._finish(request, FinishReason.LENGTH, ended)
-            running.find_next_finish()
         for row in result.stopped:
             if row >= first:
                 request = batch.decodes[row - first]
