@@ -126,7 +126,7 @@ def _variants(document: Document, scenario: Scenario) -> Iterator[tuple[str, Doc
             if path.split(".")[0] in ("compare", "sweep"):
                 raise InputError(f"compare.{name}: {path} cannot vary", where=place, remedy="vary another field")
             variant.set(path.split("."), value, place)
-        variant.data["name"] = f"{scenario.name}: {name}"
+        variant.data["name"] = name
         yield name, variant
 
 

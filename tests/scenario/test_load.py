@@ -118,7 +118,7 @@ class TestVariants:
         loaded = load_scenario({**MINIMAL, "name": "x", "compare": compare})
         assert list(loaded.variants) == ["normal", "other host"]
         normal, other = loaded.variants.values()
-        assert (normal.engine.loop, normal.host, normal.name) == ("normal", "testbed", "x: normal")
+        assert (normal.engine.loop, normal.host, normal.name) == ("normal", "testbed", "normal")
         assert (other.engine.batching, other.host) == ("stall_free", "none")
         assert normal.compare is None
 
