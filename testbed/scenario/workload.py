@@ -114,6 +114,14 @@ class Empirical(Model):
         return self
 
 
+def _list_is_tuple(value: Any) -> Any:
+    """Behind another before-validator a list is Python's, which strict validation refuses where a tuple is declared."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+Listed = BeforeValidator(_list_is_tuple)
+
+
 def _number_is_fixed(value: Any) -> Any:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return {"kind": "fixed", "value": value} if is_number else value
@@ -209,7 +217,7 @@ class AtIteration(Model):
     """
 
     kind: Literal["at_iteration"]
-    iterations: tuple[NonNegativeInt, ...] | None = None
+    iterations: Annotated[tuple[NonNegativeInt, ...], Listed] | None = None
     every: PositiveInt | None = None
     batch: PositiveInt = 1
 
@@ -285,7 +293,7 @@ class PairLengths(Model):
 
     kind: Literal["pairs"]
     file: str | None = None
-    pairs: tuple[tuple[PositiveInt, PositiveInt], ...] | None = None
+    pairs: Annotated[tuple[Annotated[tuple[PositiveInt, PositiveInt], Listed], ...], Listed] | None = None
 
     @model_validator(mode="after")
     def _source(self) -> Self:
