@@ -46,12 +46,12 @@ def read_scenario(
 
 
 @contextmanager
-def located(loaded: LoadedScenario) -> Iterator[None]:
+def located(loaded: LoadedScenario, variant: str = "") -> Iterator[None]:
     """Errors that name a field of the scenario leave this block with the file, line and column of that field."""
     try:
         yield
     except InputError as error:
-        raise loaded.located(error) from error
+        raise loaded.located(error, variant) from error
 
 
 def load_runs(folders: Sequence[Path]) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from enum import StrEnum
 from typing import Annotated
@@ -61,7 +62,7 @@ def _devices() -> dict[str, str]:
 def _hosts() -> dict[str, str]:
     from testbed.costs.host import host_presets, load_host
 
-    return {name: load_host(name).source for name in host_presets()}
+    return {name: textwrap.shorten(load_host(name).source, 100, placeholder=" ...") for name in host_presets()}
 
 
 def _engines() -> dict[str, str]:

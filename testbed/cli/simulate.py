@@ -57,11 +57,12 @@ def run_scenario(
 ) -> None:
     """Run a scenario, or each of its variants; print, save, report; ends with status 1 when a threshold is missed."""
     check_output(output)
+    _check_variants(loaded)
     folder: Path | None = None
     runs: list[tuple[Path, Any]] = []
     reasons: list[str] = []
     for name, one in (loaded.variants or {"": loaded.scenario}).items():
-        with options.located(loaded), progress_bar(one.name, progress) as tick:
+        with options.located(loaded, name), progress_bar(one.name, progress) as tick:
             run = execute(one, tick)
         folder = folder or output_folder(output, loaded.scenario.name)  # not before there is something to put into it
         run.save(folder / name)
@@ -74,6 +75,15 @@ def run_scenario(
         print(f"missed: {reason}", file=sys.stderr)
     if reasons:
         raise typer.Exit(1)
+
+
+def _check_variants(loaded: LoadedScenario) -> None:
+    """Refuse what cannot run before the first variant has taken its time (a single scenario is refused anyway)."""
+    from testbed.api import build_engine
+
+    for name, one in loaded.variants.items():
+        with options.located(loaded, name):
+            build_engine(one)
 
 
 def _report(runs: list[tuple[Path, Any]], *, compared: bool, report: bool, trace: bool) -> None:

@@ -18,7 +18,7 @@ def validate(scenario: options.ScenarioFile, settings: options.Settings = None) 
     print(resolved_yaml(loaded.scenario), end="")
     shown: list[tuple[str, str]] = []
     for name, one in (loaded.variants or {"": loaded.scenario}).items():
-        with options.located(loaded):
+        with options.located(loaded, name):
             facts = list(implied(one))
         news = [fact for fact in facts if fact not in shown]
         print(f"\n# {name or one.name}{'' if news else ': as above'}")

@@ -45,10 +45,14 @@ class LoadedScenario:
     warnings: tuple[str, ...]
     """What runs, but probably not as meant; each with its place."""
     document: Document = field(repr=False)
+    variant_documents: dict[str, Document] = field(repr=False)
 
-    def located(self, error: InputError) -> InputError:
-        """``error`` with file, line and column in place of a bare field path; unchanged when it has a place."""
-        return _located(error, self.document)
+    def located(self, error: InputError, variant: str = "") -> InputError:
+        """``error`` with file, line and column in place of a bare field path; unchanged when it has a place.
+
+        ``variant``: whose fields are meant; '' for the scenario itself.
+        """
+        return _located(error, self.variant_documents.get(variant, self.document))
 
 
 def load_scenario(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = ()) -> LoadedScenario:
@@ -72,10 +76,11 @@ def load_scenario(source: str | os.PathLike[str] | Mapping[str, Any], overrides:
         _override(document, text)
     scenario, warnings = _build(document, folder)
     variants: dict[str, Scenario] = {}
-    for name, variant in _variants(document, scenario):
+    documents = dict(_variants(document, scenario))
+    for name, variant in documents.items():
         variants[name], more = _build(variant, folder)
         warnings += [warning for warning in more if warning not in warnings]
-    return LoadedScenario(scenario, variants, tuple(warnings), document)
+    return LoadedScenario(scenario, variants, tuple(warnings), document, documents)
 
 
 def resolve(scenario: Scenario) -> dict[str, Any]:
