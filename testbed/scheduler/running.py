@@ -175,7 +175,9 @@ class RunningBatch:
         remaining = self.finish_at - self.done
         for row in self._not_as_columns_say():
             request = self.requests[row]
-            remaining[row] = request.max_new_tokens - request.outputs_known(self.done)
+            ended = request.finish_reason is not None
+            known = len(request.output_ids) if ended else request.outputs_known(self.done)
+            remaining[row] = request.max_new_tokens - known
         return int(np.minimum(remaining, clip).sum())
 
     def _not_as_columns_say(self) -> Iterator[int]:
