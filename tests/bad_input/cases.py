@@ -152,7 +152,7 @@ CONFLICTS = [
     edited("window without end", "slo:", "measure: {skip_s: 20, until: {seconds: 10}}\nslo:", "12:23", "measure.until", "smaller skip_s"),
     edited("window of nothing", "slo:", "measure: {until: {}}\nslo:", "12:11", "measure.until", "drained"),
     edited("no room for weights", "llama-3.1-8b", "llama-3.1-70b", "4:1", "no room for keys and values", "parallel.tp"),
-    edited("no room in a variant", "slo:", "compare: {small: {seed: 1}, large: {model: llama-3.1-70b, engine.mem_fraction_static: 0.8}}\nslo:", "12:54", "engine.mem_fraction_static: no room for keys and values", "parallel.tp"),
+    edited("no room in a variant", "slo:", "compare: {small: {seed: 1}, large: {model: llama-3.1-70b, engine.mem_fraction_static: 0.8}}\nslo:", "12:59", "engine.mem_fraction_static: no room for keys and values", "parallel.tp"),
     edited("pool below one request", "page_size: 1", "kv_tokens: 500", "10:3", "512 + 64 tokens exceed", "shorter"),
     edited("request over the context", "page_size: 1", "context_length: 512", "10:3", "exceed the context of 506", "shorter"),
     edited("no end", "  count: 10\n", "", "8:1", "the workload has no end", "count"),
