@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 from array import array
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from testbed.batch import Batch, StepResult
-from testbed.metrics.records import Column, Records
+from testbed.metrics.records import REQUEST_COLUMNS, Column, Records
 from testbed.request import NEVER, Request
 
-_STEP_FIELDS = ["step", "mode", "launch_ns", "start_ns", "end_ns", "rows", "prefill_rows", "new_tokens", "prefix_tokens", "decode_rows", "extra_rows", "context_tokens", "evicted_tokens", "retracted", "graph", "running", "waiting", "free_tokens", "evictable_tokens"]
+_STEP_FIELDS = (
+    *("step", "mode", "launch_ns", "start_ns", "end_ns", "rows", "prefill_rows", "new_tokens", "prefix_tokens"),
+    *("decode_rows", "extra_rows", "context_tokens", "evicted_tokens", "retracted", "graph"),
+    *("running", "waiting", "free_tokens", "evictable_tokens"),
+)
 _SPAN_FIELDS = ("name", "step", "begin_ns", "end_ns")
-_REQUEST_FIELDS = ["priority", "queued_ns", "first_scheduled_ns", "first_token_ns", "last_token_ns", "finish_ns", "prompt_tokens", "cached_tokens", "output_tokens", "max_new_tokens", "retractions", "queue_ns", "prefill_ns", "decode_ns", "retracted_ns", "transfer_ns"]
+_REQUEST_FIELDS = (
+    *("priority", "queued_ns", "first_scheduled_ns", "first_token_ns", "finish_ns"),
+    *("prompt_tokens", "cached_tokens", "output_tokens", "max_new_tokens", "retractions"),
+    *("prefill_ns", "decode_ns", "retracted_ns", "transfer_ns"),
+)
 DEVICE_LANE = 1
+
+
+class _Ended(NamedTuple):
+    """What is kept of a request that has ended."""
+
+    figures: tuple[int, ...]
+    """The values of _REQUEST_FIELDS."""
+    finish_reason: str
+    segments: tuple[tuple[int, int], ...]
+    """Its token times: see Request.segments."""
 
 
 class Recorder:
@@ -31,7 +49,7 @@ class Recorder:
         self._spans = array("q")
         self.span = self._spans.extend
         """``span((stage, step, begin_ns, end_ns))``: a host span (the array's own method: it is called often)."""
-        self._ended: dict[str, tuple[Request, int, int]] = {}
+        self._ended: dict[str, _Ended] = {}
 
     def count(self, name: str, by: int = 1) -> None:
         """Add to a whole-run counter."""
@@ -63,8 +81,28 @@ class Recorder:
         self._ratios.append(batch.new_token_ratio)
 
     def ended(self, request: Request, outputs: int, sent_ns: int) -> None:
-        """A request's end was sent."""
-        self._ended[request.rid] = (request, outputs, sent_ns)
+        """A request's end was sent. Only figures are kept: the request and its tokens can go."""
+        # What never happened lasts no time and lies at the end: the five durations sum to finish - arrival exactly.
+        scheduled = request.first_scheduled_ns if request.first_scheduled_ns != NEVER else sent_ns
+        first = request.first_token_ns if request.first_token_ns != NEVER else sent_ns
+        early = request.retracted_before_first_ns
+        figures = (
+            NEVER if request.priority is None else request.priority,
+            request.queued_ns,
+            request.first_scheduled_ns,
+            request.first_token_ns,
+            sent_ns,
+            request.prompt_tokens,
+            max(request.cached_tokens, 0),
+            outputs,
+            request.max_new_tokens,
+            request.retractions,
+            first - scheduled - early,
+            sent_ns - first - (request.retracted_ns - early),
+            request.retracted_ns,
+            0,
+        )
+        self._ended[request.rid] = _Ended(figures, str(request.finish_reason), tuple(request.segments))
 
     # -- columns --------------------------------------------------------------------------------------------------
 
@@ -109,7 +147,7 @@ class Recorder:
         for i, rid in enumerate(sent):
             total = 0
             if rid in self._ended:
-                for first, count in self._ended[rid][0].segments:
+                for first, count in self._ended[rid].segments:
                     piece = advances[first : first + count] if first >= 0 else np.array([-1 - first])
                     pieces.append(piece)
                     total += count
@@ -119,50 +157,21 @@ class Recorder:
     def _request_columns(
         self, sent: dict[str, tuple[int, str, str]], offsets: NDArray[np.int64], times: NDArray[np.int64]
     ) -> dict[str, Column]:
-        rows: list[tuple[int, ...]] = []
-        reasons: list[str] = []
-        for i, (rid, (arrival, _, _)) in enumerate(sent.items()):
-            ended = self._ended.get(rid)
-            if ended is None:
-                rows.append((NEVER,) * len(_REQUEST_FIELDS))
-                reasons.append("")
-                continue
-            last = int(times[offsets[i + 1] - 1]) if offsets[i + 1] > offsets[i] else NEVER
-            rows.append(_request_row(*ended, arrival, last))
-            reasons.append(str(ended[0].finish_reason))
-        table = np.array(rows, dtype=np.int64).reshape(-1, len(_REQUEST_FIELDS))
-        columns: dict[str, Column] = {
-            "id": list(sent),
-            "session": [session for _, session, _ in sent.values()],
-            "tenant": [tenant for _, _, tenant in sent.values()],
-            "arrival_ns": np.array([arrival for arrival, _, _ in sent.values()], dtype=np.int64),
-            "finish_reason": reasons,
-        }
-        columns |= {name: table[:, i].copy() for i, name in enumerate(_REQUEST_FIELDS)}
+        never = _Ended((NEVER,) * len(_REQUEST_FIELDS), "", ())
+        ended = [self._ended.get(rid, never) for rid in sent]
+        table = np.array([request.figures for request in ended], dtype=np.int64).reshape(-1, len(_REQUEST_FIELDS))
+        arrival = np.array([when for when, _, _ in sent.values()], dtype=np.int64)
+        columns: dict[str, Any] = {name: table[:, i].copy() for i, name in enumerate(_REQUEST_FIELDS)}
+        columns["id"] = list(sent)
+        columns["session"] = [session for _, session, _ in sent.values()]
+        columns["tenant"] = [tenant for _, _, tenant in sent.values()]
+        columns["arrival_ns"] = arrival
+        columns["finish_reason"] = [request.finish_reason for request in ended]
         columns["replica"] = np.full(len(table), self.replica, dtype=np.int64)
-        return columns
-
-
-def _request_row(request: Request, outputs: int, sent_ns: int, arrival_ns: int, last_token_ns: int) -> tuple[int, ...]:
-    """The values of _REQUEST_FIELDS. The five durations sum to finish - arrival exactly."""
-    scheduled = request.first_scheduled_ns if request.first_scheduled_ns != NEVER else sent_ns
-    first = request.first_token_ns if request.first_token_ns != NEVER else sent_ns
-    early = request.retracted_before_first_ns
-    return (
-        NEVER if request.priority is None else request.priority,
-        request.queued_ns,
-        request.first_scheduled_ns,
-        request.first_token_ns,
-        last_token_ns,
-        sent_ns,
-        request.prompt_tokens,
-        max(request.cached_tokens, 0),
-        outputs,
-        request.max_new_tokens,
-        request.retractions,
-        scheduled - arrival_ns,
-        first - scheduled - early,
-        sent_ns - first - (request.retracted_ns - early),
-        request.retracted_ns,
-        0,
-    )
+        last = np.full(len(table), NEVER, dtype=np.int64)
+        some = offsets[1:] > offsets[:-1]
+        last[some] = times[offsets[1:][some] - 1]
+        columns["last_token_ns"] = last
+        scheduled, finish = columns["first_scheduled_ns"], columns["finish_ns"]
+        columns["queue_ns"] = np.where(finish == NEVER, NEVER, np.where(scheduled == NEVER, finish, scheduled) - arrival)
+        return {name: columns[name] for name in REQUEST_COLUMNS}

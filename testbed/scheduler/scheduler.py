@@ -493,7 +493,7 @@ class Scheduler:
         fresh = request.outputs_known(self.running.done) - request.old_outputs
         outputs = self.memory.slots.outputs[request.slot, :fresh]
         tokens = np.concatenate((request.fill_ids, outputs))
-        request.output_ids = tokens[request.prompt_tokens :][: request.max_new_tokens]
+        request.output_ids = tokens[request.prompt_tokens :][: request.max_new_tokens].copy()
         fence = NEVER
         if self.rules.over_allocated == "free_at_result" and self.in_flight:
             fence = self.in_flight[-1].index
