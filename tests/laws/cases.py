@@ -21,7 +21,7 @@ from testbed.metrics.laws import presence
 from testbed.metrics.run import Run
 from testbed.workload.draw import Uniforms, exponential
 from tests.laws import queues
-from tests.laws.statistics import BATCHES, Check, Floats, batch_means, mean_check, means_check
+from tests.laws.statistics import BATCHES, Check, Floats, batch_means, interval, mean_check, means_check
 
 SECOND_NS = 1_000_000_000
 SERVICE_NS = 1_000_000
@@ -66,6 +66,21 @@ def sojourns(run: Run) -> Floats:
     return (column(run, "finish_ns") - column(run, "arrival_ns")) / SERVICE_NS
 
 
+def lindley_check(law: str, runs: Sequence[Run]) -> Check:
+    """Every wait against the recursion W' = max(0, W + S - gap), in integers (D. V. Lindley, Mathematical Proceedings
+    of the Cambridge Philosophical Society 48(2), 1952): what a first-come server does on this very path."""
+    furthest = 0
+    for run in runs:
+        arrival, wait, service = (
+            np.asarray(run.records.requests[name], np.int64) for name in ("arrival_ns", "queue_ns", "prefill_ns")
+        )
+        # Unrolled: the server is free at the running maximum of (arrival - work before it), plus that work.
+        before = np.cumsum(service) - service
+        begin = np.maximum.accumulate(arrival - before) + before
+        furthest = max(furthest, int(np.abs(begin - arrival - wait).max()))
+    return Check(law, "furthest wait from Lindley's recursion, ns", 0.0, float(furthest))
+
+
 def thinned_test(law: str, what: str, samples: Sequence[Floats], cdf: Callable[[Floats], Floats], every: int) -> Check:
     """Kolmogorov and Smirnov's test of every ``every``-th value (so that they are nearly independent)."""
     kept = np.concatenate([each[len(each) // 20 :: every] for each in samples])
@@ -82,10 +97,13 @@ def md1(rho: float, count: int, seeds: int) -> list[Check]:
     series = [waits(run) for run in runs]
     seen, averages = zip(*(seen_and_average(run) for run in runs), strict=True)
     return [
+        lindley_check(law, runs),
         mean_check(law, "mean wait / s", queues.pollaczek_khinchine(rho, 1.0, rho), series),
         mean_check(law, "P(wait = 0)", 1 - rho, [each == 0 for each in series]),
         means_check(law, "mean number in system", rho + rho**2 / (2 * (1 - rho)), averages),
-        means_check(law, "PASTA: seen by arrivals - time average", 0.0, [a - b for a, b in zip(seen, averages, strict=True)]),
+        means_check(
+            law, "PASTA: seen by arrivals - time average", 0.0, [a - b for a, b in zip(seen, averages, strict=True)]
+        ),
     ]
 
 
@@ -112,6 +130,7 @@ def mg1_two_classes(count: int, seeds: int) -> list[Check]:
     series = [waits(run) for run in runs]
     theory = queues.pollaczek_khinchine(rho / first, second, rho)
     return [
+        lindley_check(law, runs),
         mean_check(law, "mean wait / s", theory, series),
         mean_check(law, "P(wait = 0)", 1 - rho, [each == 0 for each in series]),
     ]
@@ -128,6 +147,7 @@ def mm1(count: int, seeds: int) -> list[Check]:
     ]
     series = [sojourns(run) for run in runs]
     return [
+        lindley_check(law, runs),
         mean_check(law, "mean sojourn / s", 1 / (1 - rho), series),
         mean_check(law, "P(wait = 0)", 1 - rho, [waits(run) == 0 for run in runs]),
         thinned_test(law, "sojourn is exponential", series, stats.expon(scale=1 / (1 - rho)).cdf, 200),
@@ -154,7 +174,7 @@ def mm1k(count: int, seeds: int) -> list[Check]:
 
 
 def kingman(count: int, seeds: int) -> list[Check]:
-    rho, cv = 0.9, 2.0
+    rho, cv = 0.8, 2.0
     lengths = {"kind": "pairs", "pairs": [[100, 1], [100, 1], [100, 1], [500, 1]]}
     first, second = queues.moments([0.5, 2.5], [3, 1])
     arrivals = {"kind": "gamma", "cv": cv, "rate_per_s": rho * SECOND_NS / (first * SERVICE_NS)}
@@ -163,8 +183,8 @@ def kingman(count: int, seeds: int) -> list[Check]:
     series = [waits(run) for run in runs]
     law = f"GI/G/1, rho {rho}, cv {cv:g}"
     return [
-        mean_check(law, "mean wait / s (Kingman's bound)", bound, series, bound=True),
-        mean_check(law, "half of the bound / mean wait at least (heavy traffic)", -bound / 2, [-s for s in series], bound=True),
+        lindley_check(law, runs),
+        mean_check(law, "mean wait / s, Kingman's bound", bound, series, bound=True),
     ]
 
 
@@ -228,7 +248,9 @@ def shortest_first(count: int, seeds: int) -> list[Check]:
     device, arrivals = {"prefill_token_ns": TOKEN_NS}, poisson(rho, first * SERVICE_NS)
     runs = [queue(device, arrivals, lengths, count, seed, policy=policy) for seed in range(seeds)]
     return [
-        mean_check(law, f"mean wait of {each} tokens / s", wait, [waits(r)[column(r, "prompt_tokens") == each] for r in runs])
+        mean_check(
+            law, f"mean wait of {each} tokens / s", wait, [waits(r)[column(r, "prompt_tokens") == each] for r in runs]
+        )
         for each, wait in zip(tokens, theory, strict=True)
     ]
 
@@ -243,7 +265,9 @@ def longest_output_first(count: int, seeds: int) -> list[Check]:
     device, arrivals = {"decode_ns": SERVICE_NS}, poisson(rho, first * SERVICE_NS)
     runs = [queue(device, arrivals, lengths, count, seed, policy="lof") for seed in range(seeds)]
     return [
-        mean_check(law, f"mean wait of {each} outputs / s", wait, [waits(r)[column(r, "output_tokens") == each] for r in runs])
+        mean_check(
+            law, f"mean wait of {each} outputs / s", wait, [waits(r)[column(r, "output_tokens") == each] for r in runs]
+        )
         for each, wait in zip(outputs, theory, strict=True)
     ]
 
@@ -351,7 +375,11 @@ def interactive(count: int, seeds: int) -> list[Check]:
         # The last answers have no think time behind them: at most one more request a user than the law has.
         checks.append(Check(law, "throughput * s", limit + users * SERVICE_NS / end.max(), throughput, bound=True))
     users, think = 6, 5.0
-    arrivals = {"kind": "closed_loop", "users": users, "think_s": {"kind": "exponential", "mean": think * SERVICE_NS / SECOND_NS}}
+    arrivals = {
+        "kind": "closed_loop",
+        "users": users,
+        "think_s": {"kind": "exponential", "mean": think * SERVICE_NS / SECOND_NS},
+    }
     throughputs = []
     for seed in range(seeds):
         run = queue({"prefill_token_ns": TOKEN_NS}, arrivals, exponential_lengths(), count, seed)
@@ -375,10 +403,11 @@ def lru_cache(count: int, seeds: int) -> list[Check]:
         exact.append(queues.lru_hits(references, places) - int(hit.sum()))
     law = f"LRU, {groups} prompts, {places} places"
     che = queues.che_hit_rate(popularity, places)
-    found = float(np.mean([each[count // 20 :].mean() for each in hits]))
+    found, noise = interval([batch_means(each) for each in hits])
     return [
         Check(law, "hits of a naive cache - hits of the tree", 0.0, float(np.abs(exact).max())),
-        Check(law, "hit rate (Che, within 1 point)", che, found, half_width=0.01),
+        # An approximation, not a law: one point is allowed beside the interval.
+        Check(law, "hit rate, Che's approximation", che, found, half_width=noise + 0.01),
     ]
 
 
@@ -390,7 +419,12 @@ def _shared_pages(groups: int, page: int, places: int, exponent: float, count: i
             "model": "qwen3-0.6b",
             "device": {"constant": {"prefill_ns": SERVICE_NS}},
             "host": "none",
-            "engine": {"loop": "normal", "page_size": page, "kv_tokens": (places + 2) * page, "max_running_requests": 1},
+            "engine": {
+                "loop": "normal",
+                "page_size": page,
+                "kv_tokens": (places + 2) * page,
+                "max_running_requests": 1,
+            },
             "workload": {
                 "arrivals": {"kind": "constant", "rate_per_s": 0.9 * SECOND_NS / SERVICE_NS},
                 "lengths": {"prompt_tokens": 1, "output_tokens": 1},
@@ -429,7 +463,7 @@ CASES = (
     Case("mm1", mm1, (6_000, 1), (100_000, 5)),
     Case("dd1", dd1, (1_000, 1), (10_000, 1)),
     Case("mm1k", mm1k, (4_000, 1), (50_000, 5)),
-    Case("kingman", kingman, (8_000, 1), (100_000, 5)),
+    Case("kingman", kingman, (12_000, 1), (100_000, 5)),
     Case("cobham", cobham, (5_000, 1), (100_000, 5)),
     Case("shortest_first", shortest_first, (5_000, 1), (100_000, 5)),
     Case("longest_output_first", longest_output_first, (3_000, 1), (50_000, 5)),
