@@ -1,7 +1,7 @@
 """Scenarios that are queues of the textbook: a device of constant times, a host that costs nothing, one replica.
 
-Each case simulates with several seeds and compares with the closed form. ``CASES`` says how many customers a run has, in
-continuous integration and for the committed page.
+Each case simulates with several seeds and compares with the closed form. ``CASES`` says how many customers a run has,
+in continuous integration and for the committed page.
 """
 
 from __future__ import annotations
@@ -332,8 +332,8 @@ def mdinf(count: int, seeds: int) -> list[Check]:
 def processor_sharing(count: int, seeds: int, outputs: tuple[int, int] = (41, 161)) -> list[Check]:
     """A decode step takes as long as it has rows: everybody gets an equal share, in slices of one row's time.
 
-    The first token is free, a request of n outputs brings (n - 1) slices of work. A newcomer waits for the end of the step
-    under way before it shares; that wait is left out here, and what remains of the slices is small beside 40 of them.
+    The first token is free, a request of n outputs brings (n - 1) slices of work. A newcomer waits for the end of the
+    step under way before it shares; that wait is left out here, and what remains of the slices is small beside 40.
     """
     law, rho = "M/G/1 processor sharing, rho 0.6", 0.6
     row_ns = 10_000

@@ -1,4 +1,4 @@
-"""Event loops that keep a ledger of KV pages, as a user's own loops: the built-in loop behind a scheduler that is watched.
+"""Event loops that keep a ledger of KV pages, as a user's own loops: a built-in loop, its scheduler watched.
 
 Two accounts are kept of the same pages. One follows the counter of owned pages, the other adds up what each request
 holds, from its own state. Both change only where the scheduler is called, and each call comes with its time.

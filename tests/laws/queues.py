@@ -46,8 +46,8 @@ def bulk_wait(rate: float, service: float, largest: int, states: int = 400) -> f
     """Mean wait in M/D^b/1: a server takes up to ``largest`` customers at once, one if only one is there.
 
     Numeric: X, the customers waiting when a service ends, is a Markov chain. From X > 0 the next X is
-    max(X - b, 0) + A with A ~ Poisson(rate * service); from X = 0 the next customer starts alone and X becomes A. Over a
-    cycle, waiting customers integrate to (left + rate * service / 2) * service; Little's law makes that a wait.
+    max(X - b, 0) + A with A ~ Poisson(rate * service); from X = 0 the next customer starts alone and X becomes A. Over
+    a cycle, waiting customers integrate to (left + rate * service / 2) * service; Little's law makes that a wait.
     """
     arrivals = stats.poisson.pmf(np.arange(states), rate * service)
     left = np.maximum(np.arange(states) - largest, 0)

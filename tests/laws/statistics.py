@@ -1,7 +1,8 @@
 """Estimates from simulated queues: a mean with its 99 % interval by batch means, and the checks made of them.
 
 Neighbours in a queue wait alike, so an interval from single customers would be far too narrow. A run is cut into
-batches much longer than that memory; their means are nearly independent (G. S. Fishman, Management Science 24(5), 1978).
+batches much longer than that memory; their means are nearly independent (G. S. Fishman, Management Science 24(5),
+1978).
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ BATCHES = 20
 class Check:
     """One figure of a simulated queue beside what theory says.
 
-    ``half_width`` is that of the 99 % interval around ``found``; 0 where the law is exact. ``bound``: the law is an upper
-    bound. ``p_value``: the check is a test of a distribution, and fails below 1 %.
+    ``half_width`` is that of the 99 % interval around ``found``; 0 where the law is exact. ``bound``: the law is an
+    upper bound. ``p_value``: the check is a test of a distribution, and fails below 1 %.
     """
 
     law: str
