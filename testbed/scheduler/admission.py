@@ -112,12 +112,12 @@ class PrefillAdder:
     def add(self, request: Request) -> Verdict:
         """Try to admit ``request``; anything but CONTINUE ends this step's admission."""
         scheduler = self.scheduler
-        if self.rules.ignore_eos_admission and request.ignore_eos and scheduler.cache.disabled:
+        alone = not self.rules.can_stall and not scheduler.running.requests and not self.prefills
+        if self.rules.ignore_eos_admission and request.ignore_eos and scheduler.cache.disabled and not alone:
             return self._add_ignore_eos(request)
         match = scheduler.cache.match(request.fill_ids[:-1], request.extra_key)
         prefix = len(match.pages) * self.page_size
         new = len(request.fill_ids) - prefix
-        alone = not self.rules.can_stall and not scheduler.running.requests and not self.prefills
         if self._refuses(request, new, alone):
             return Verdict.NO_TOKENS
         padded = self._in_pages(new)
@@ -182,7 +182,7 @@ class PrefillAdder:
         request.prefix_tokens = request.kv_tokens = 0
         request.prefix_pages = NO_PAGES
         request.last_node = self.scheduler.cache.root
-        if self.chunk_left is None or self._in_pages(new) <= self.chunk_left:
+        if self.chunk_left is None or new <= self.chunk_left:
             self._select(request, 0, new, True, min(request.max_new_tokens, self.clip))
         elif self.chunk_left <= 0:  # below 0: a padded chunk beside decode rows
             return Verdict.OTHER
