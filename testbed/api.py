@@ -29,10 +29,11 @@ from testbed.costs import (
     load_host,
 )
 from testbed.loops.base import LoopContext
-from testbed.loops.select import EventLoop, find_loop
+from testbed.loops.select import LOOPS, EventLoop, find_loop
 from testbed.metrics.recorder import Recorder
 from testbed.metrics.run import Run
 from testbed.runtime import virtual, wall
+from testbed.runtime.leap import Leaper
 from testbed.runtime.oracle import Oracle
 from testbed.runtime.traffic import Traffic
 from testbed.scenario.errors import InputError
@@ -123,10 +124,12 @@ def simulate(
     seed: int | None = None,
     progress: Progress | None = None,
     checks: Checks = "delta",
+    leap: bool = True,
 ) -> Run:
     """Run a scenario in virtual time.
 
-    ``checks="full"`` proves every invariant at every step (slow: for small pools). Raises InputError for a scenario that
+    ``checks="full"`` proves every invariant at every step (slow: for small pools). ``leap=False`` takes decode steps one
+    by one even where nothing happens between them; the records are the same to the byte. Raises InputError for a scenario that
     cannot run, Deadlock when a strategy leaves requests waiting for ever, InvariantError for a defect of the program.
     """
     engine = build_engine(_one(scenario, seed), checks=checks)
@@ -139,6 +142,8 @@ def simulate(
         oracle=engine.oracle,
         workload=engine.workload,
     )
+    if leap and engine.loop in LOOPS.values() and engine.scheduler.strategy_is_ours:
+        runtime.leap = Leaper(engine.scheduler, runtime).try_leap
     if progress is not None:
         _report_progress(engine.scheduler, runtime.traffic, progress)
     virtual.run_to_the_end(env, engine.loop(LoopContext(engine.scheduler, runtime)), runtime)

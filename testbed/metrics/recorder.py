@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,6 +80,18 @@ class Recorder:
             )
         )
         self._ratios.append(batch.new_token_ratio)
+
+    def steps_at_once(self, columns: Mapping[str, NDArray[np.int64] | int], ratios: list[float], count: int) -> None:
+        """The first ``count`` of many steps, by column; a column that is not given is 0."""
+        table = np.zeros((count, len(_STEP_FIELDS)), dtype=np.int64)
+        for name, values in columns.items():
+            table[:, _STEP_FIELDS.index(name)] = values if isinstance(values, int) else values[:count]
+        self._steps.frombytes(table.tobytes())
+        self._ratios.extend(ratios[:count])
+
+    def spans_at_once(self, spans: NDArray[np.int64]) -> None:
+        """Many host spans: int64 [..., 4] of (stage, step, begin_ns, end_ns)."""
+        self._spans.frombytes(spans.tobytes())
 
     def ended(self, request: Request, outputs: int, sent_ns: int) -> None:
         """A request's end was sent. Only figures are kept: the request and its tokens can go."""

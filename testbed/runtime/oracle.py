@@ -54,6 +54,15 @@ class Oracle:
             return token_ids, self._stops(batch)
         return token_ids, self._stops(batch) if batch.advance >= self._next_end else ()
 
+    def next_end(self, rows: Sequence[Request]) -> int:
+        """The next advance at which one of ``rows`` ends early; 0 when these are not the rows of the last step."""
+        return self._next_end if rows is self._rows else 0
+
+    def tokens_ahead(self, advance: int, steps: int) -> NDArray[np.int32]:
+        """Token ids of the advances after ``advance``, of the rows of the last step: int32 [steps, rows]."""
+        ahead = np.arange(advance + 1, advance + 1 + steps, dtype=np.uint64) * np.uint64(STEP)
+        return scale(ahead[:, None] + self._states, self._vocab_size)
+
     def _fill_block(self, advance: int) -> int:
         """Token ids of the next steps of the same rows, int32 [BLOCK, rows]: the cost of one step's, nearly."""
         self._block_from = advance

@@ -47,18 +47,21 @@ class VirtualRuntime:
         self.env = env
         self.inbox = self.cpu = self.executor = self.outbox = self
         self.traffic = Traffic(workload, oracle)
-        self._cost_model = cost_model
-        self._host = host
+        self.cost_model = cost_model
+        self.host = host
         self._span = recorder.span
         self._prices: dict[int, int] = {}
-        self._oracle = oracle
-        self._local_ns = 0
+        self._last_launched: _Launched | None = None
+        self.leap: Callable[[], None] | None = None
+        """Tried at the start of an iteration to which nothing has arrived (see ``leap.py``)."""
+        self.oracle = oracle
+        self.local_ns = 0
         """The loop's own clock; never behind ``env.now`` while the loop runs."""
         self._delivered: deque[Message] = deque()
         self._waiting_for_message: simpy.Event | None = None
-        self._device_free_ns = 0
-        self._launches = 0
-        self._processed = 0
+        self.device_free_ns = 0
+        self.launches = 0
+        self.processed = 0
         self.iteration = 0
         """Iterations begun."""
 
@@ -91,21 +94,25 @@ class VirtualRuntime:
 
     async def recv(self, block: bool) -> tuple[int, list[Message]]:
         """See ports.Inbox."""
-        if self.env.peek() <= self._local_ns:
+        if self.env.peek() <= self.local_ns:
             await self._settle()
+        elif not block and self.leap is not None and not self._delivered:
+            self.leap()
+            if self.env.peek() <= self.local_ns:
+                await self._settle()
         if self.traffic.tied_to_iterations:
-            self._delivered.extend(self.traffic.due(self.iteration, self._local_ns))
+            self._delivered.extend(self.traffic.due(self.iteration, self.local_ns))
             block = block and not self.traffic.tied_to_iterations
         self.iteration += 1
         if block and not self._delivered:
             self._waiting_for_message = simpy.Event(self.env)
             await wait(self._waiting_for_message)
-            self._local_ns = self.env.now
+            self.local_ns = self.env.now
         if not self._delivered:
-            return self._local_ns, []
+            return self.local_ns, []
         messages = list(self._delivered)
         self._delivered.clear()
-        return self._local_ns, messages
+        return self.local_ns, messages
 
     def post_at(self, when_ns: int, message: Message) -> None:
         """See ports.Inbox."""
@@ -124,82 +131,101 @@ class VirtualRuntime:
     ) -> None:
         """See ports.Cpu: adds the modelled cost to the loop's own clock."""
         if new_tokens or admitted or waiting or matched_tokens:
-            cost_ns = self._host.price(stage, rows, new_tokens, admitted, waiting, matched_tokens)
+            cost_ns = self.host.price(stage, rows, new_tokens, admitted, waiting, matched_tokens)
         else:
             key = rows << 3 | stage
             known = self._prices.get(key)
-            cost_ns = self._price(key, stage, rows) if known is None else known
+            cost_ns = self.stage_price(stage, rows) if known is None else known
         if cost_ns:
-            begin = self._local_ns
-            self._local_ns = end = begin + cost_ns
-            self._span((stage, self._launches if stage < Stage.WAIT else self._processed, begin, end))
+            begin = self.local_ns
+            self.local_ns = end = begin + cost_ns
+            self._span((stage, self.launches if stage < Stage.WAIT else self.processed, begin, end))
 
-    def _price(self, key: int, stage: Stage, rows: int) -> int:
-        """The cost of a stage that depends on the batch size alone, remembered."""
-        self._prices[key] = cost_ns = self._host.price(stage, rows)
+    def stage_price(self, stage: Stage, rows: int) -> int:
+        """The cost (ns) of a stage that depends on the batch size alone, remembered."""
+        self._prices[rows << 3 | stage] = cost_ns = self.host.price(stage, rows)
         return cost_ns
 
     async def sleep(self, duration_ns: int) -> None:
         """See ports.Cpu."""
-        self._local_ns += duration_ns
-        if self.env.peek() <= self._local_ns:
+        self.local_ns += duration_ns
+        if self.env.peek() <= self.local_ns:
             await self._settle()
 
     async def _settle(self) -> None:
         """Pay the debt to SimPy's clock. Called only when somebody else's event comes before the loop's own time: else
         nobody would notice, and the debt is carried on without an event."""
-        await wait(self.env.timeout(self._local_ns - self.env.now))
+        await wait(self.env.timeout(self.local_ns - self.env.now))
 
     # -- Executor --------------------------------------------------------------------------------------------------------
 
     def launch(self, batch: Batch, defer_sampling: bool = False) -> _Launched:
         """See ports.Executor. An in-order device: a batch starts when it is launched and the device is free."""
-        cost = price_batch(self._cost_model, batch)
-        launch_ns = self._host.launch_ns(cost.kernels, cost.graph)
-        begin = self._local_ns
+        cost = price_batch(self.cost_model, batch)
+        launch_ns = self.host.launch_ns(cost.kernels, cost.graph)
+        begin = self.local_ns
         if launch_ns:
-            self._local_ns = begin + launch_ns
-            self._span((Stage.LAUNCH, self._launches, begin, self._local_ns))
-        start, end = device_time(cost, begin, self._local_ns, self._device_free_ns)
-        self._device_free_ns = end
-        token_ids, stopped = self._oracle.result(batch)
+            self.local_ns = begin + launch_ns
+            self._span((Stage.LAUNCH, self.launches, begin, self.local_ns))
+        start, end = device_time(cost, begin, self.local_ns, self.device_free_ns)
+        self.device_free_ns = end
+        token_ids, stopped = self.oracle.result(batch)
         self.charge(Stage.SAMPLE, len(token_ids))
-        self._launches += 1
-        return _Launched(self, StepResult(token_ids, stopped, begin, start, end, cost.graph))
+        self.launches += 1
+        self._last_launched = _Launched(self, StepResult(token_ids, stopped, begin, start, end, cost.graph))
+        return self._last_launched
+
+    @property
+    def last_result(self) -> StepResult:
+        """The result of the last launch (there was one)."""
+        assert self._last_launched is not None
+        return self._last_launched.outcome
+
+    def replace_last_result(self, result: StepResult) -> None:
+        """The batch in flight has been moved on by a leap: this is its result now."""
+        assert self._last_launched is not None
+        self._last_launched.outcome = result
+
+    def moved(self, steps: int, now_ns: int, device_free_ns: int) -> None:
+        """A leap has done ``steps`` iterations."""
+        self.iteration += steps
+        self.launches += steps
+        self.processed += steps
+        self.local_ns, self.device_free_ns = now_ns, device_free_ns
 
     # -- Outbox ----------------------------------------------------------------------------------------------------------
 
     def send_tokens(self, batch: Batch, result: StepResult) -> int:
         """See ports.Outbox; returns the loop's time of sending (ns)."""
         self.charge(Stage.SEND, len(result.token_ids))
-        self._processed += 1
-        return self._local_ns
+        self.processed += 1
+        return self.local_ns
 
     def send(self, output: RequestOutput | ControlOutput) -> None:
         """See ports.Outbox: the end of a request may make its user send the next."""
         if isinstance(output, RequestOutput):
-            for timed in self.traffic.end(output, self._local_ns):
+            for timed in self.traffic.end(output, self.local_ns):
                 self._at(timed.arrival_ns, lambda timed=timed: self._arrive(timed))  # type: ignore[misc]
 
 
 class _Launched:
     """A batch on the simulated device: its result and its end are known at launch."""
 
-    __slots__ = ("_result", "_runtime")
+    __slots__ = ("_runtime", "outcome")
 
-    def __init__(self, runtime: VirtualRuntime, result: StepResult) -> None:
+    def __init__(self, runtime: VirtualRuntime, outcome: StepResult) -> None:
         self._runtime = runtime
-        self._result = result
+        self.outcome = outcome
 
     def sample(self, masks: object) -> None:
         """See ports.Pending: the oracle does not sample."""
 
     async def result(self) -> StepResult:
         """See ports.Pending."""
-        runtime, result = self._runtime, self._result
-        if runtime._local_ns < result.end_ns:
-            runtime._local_ns = result.end_ns
-        if runtime.env.peek() <= runtime._local_ns:
+        runtime, result = self._runtime, self.outcome
+        if runtime.local_ns < result.end_ns:
+            runtime.local_ns = result.end_ns
+        if runtime.env.peek() <= runtime.local_ns:
             await runtime._settle()
         runtime.charge(Stage.WAIT, len(result.token_ids))
         return result

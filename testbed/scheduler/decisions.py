@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from struct import Struct
 
 import numpy as np
+from numpy.typing import NDArray
 
 from testbed.batch import Batch, ForwardMode
 from testbed.request import Request
@@ -61,6 +62,13 @@ class DecisionLog:
         if batch.retracted:
             data += np.array([request.rank for request in batch.retracted], dtype="<u4").tobytes()
         for part in pages:
+            data += part.tobytes()
+
+    def append_decodes(self, rows: int, pages: list[NDArray[np.int32]]) -> None:
+        """Log decode steps of the same rows as the last one, by their new pages."""
+        data = self._data
+        for part in pages:
+            data += _STEP.pack(ForwardMode.DECODE, SAME_ROWS, 0, rows, 0, len(part), 0)
             data += part.tobytes()
 
     def bytes(self) -> bytes:

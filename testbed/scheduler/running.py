@@ -53,7 +53,8 @@ class RunningBatch:
         rows = columns.shape[1]
         self._start_sum = int(self.start.sum()) if rows else 0
         self._start_max = int(self.start.max()) if rows else 0
-        self._since = advance = self.advance
+        self.since = advance = self.advance
+        """The advance at the last change of membership."""
         # Where each row's next page id and next output go, as of now: a step writes through a view shifted by the steps
         # since (``table[shift:][base]``), which spares an addition over the rows.
         if self._page_size == 1:
@@ -65,9 +66,9 @@ class RunningBatch:
 
     def _settled_columns(self) -> NDArray[np.int64]:
         """The columns with ``output_base`` as of now."""
-        if self.advance != self._since:
+        if self.advance != self.since:
             columns = self._columns.copy()
-            columns[3] += self.advance - self._since
+            columns[3] += self.advance - self.since
             return columns
         return self._columns
 
@@ -127,29 +128,33 @@ class RunningBatch:
         """Pages that the next decode step takes."""
         return len(self.requests) if self._page_size == 1 else len(self.rows_opening_a_page())
 
-    def decode_into(self, batch: Batch) -> int:
-        """Give every row room for one more token and append the rows to ``batch``; returns the pages taken. Raises
-        OutOfPages."""
+    def take_pages(self) -> NDArray[np.int32]:
+        """Give every row room for one more token; returns the new pages, int32 [k]. Raises OutOfPages."""
         advance = self.advance
-        taken = 0
         if self._page_size == 1:
-            taken = len(self.requests)
-            pages = self._allocator.alloc(taken)
-            self._tables.pages_flat[advance - self._since :][self._page_base] = pages
-            batch.pages.append(pages)
-        elif taken := len(rows := self.rows_opening_a_page()):
-            pages = self._allocator.alloc(taken)
-            page = (self.start[rows] + advance) // self._page_size
-            self._tables.pages_flat[self.slots[rows] * self._tables.page_stride + page] = pages
-            batch.pages.append(pages)
-        self.advance = batch.advance = advance + 1
-        batch.output_shift = advance + 1 - self._since
+            pages = self._allocator.alloc(len(self.requests))
+            self._tables.pages_flat[advance - self.since :][self._page_base] = pages
+        else:
+            rows = self.rows_opening_a_page()
+            pages = self._allocator.alloc(len(rows))
+            if len(rows):
+                page = (self.start[rows] + advance) // self._page_size
+                self._tables.pages_flat[self.slots[rows] * self._tables.page_stride + page] = pages
+        self.advance = advance + 1
+        return pages
+
+    def decode_into(self, batch: Batch) -> int:
+        """One more token for every row: room for it, and the rows as ``batch``'s decodes. Returns the pages taken."""
+        pages = self.take_pages()
+        batch.pages.append(pages)
+        batch.advance = self.advance
+        batch.output_shift = self.advance - self.since
         batch.decodes = self.requests
         batch.slots = self.slots
         batch.start = self.start
         batch.finish_at = self.finish_at
         batch.output_base = self.output_base
-        return taken
+        return len(pages)
 
     def context_tokens(self) -> int:
         """KV tokens of all rows."""
@@ -167,6 +172,13 @@ class RunningBatch:
         """
         self._tables.outputs_flat[batch.output_shift :][batch.output_base] = token_ids
         self.done = batch.advance
+
+    def store_outputs(self, token_ids: NDArray[np.int32]) -> None:
+        """``commit`` of the next len(token_ids) advances at once, before they are launched: int32 [steps, rows]."""
+        shift = self.advance + 1 - self.since
+        places = np.arange(shift, shift + len(token_ids))[:, None] + self.output_base
+        self._tables.outputs_flat[places] = token_ids
+        self.done = self.advance + len(token_ids)
 
     # -- estimates ----------------------------------------------------------------------------------------------
 

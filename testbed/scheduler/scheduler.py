@@ -105,6 +105,8 @@ class Scheduler:
             chosen = fcfs
         self.policy = with_priority(chosen, config.low_priority_values_first) if config.priority else chosen
         self.strategy = strategy or STRATEGIES[config.batching]()
+        self.strategy_is_ours = strategy is None
+        """All built-in strategies take a plain decode step when nobody waits; a user's own may not."""
         self.recorder = recorder or Recorder()
         self.decision_log = DecisionLog()
         self.invariants = Invariants(self, every_step=checks == "full")

@@ -1,0 +1,197 @@
+"""The decode leap: many identical decode steps at once, to the nanosecond what they are one by one.
+
+Between two events of the world (an arrival, the end of a request) every iteration of a built-in loop does the same: receive
+nothing, schedule, prepare and launch the same rows one token further, wait for the oldest launched step, process and send
+it. The times follow a recurrence of a dozen integer operations; pages, tokens and records of all the steps are written in
+bulk. ``tests/runtime/test_leap.py`` holds every record of a run with leaps to the bytes of one without.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from testbed.batch import BatchShape, ForwardMode, StepResult
+from testbed.ports import Stage
+from testbed.runtime.modelled import device_time
+from testbed.scheduler.invariants import FULL_EVERY
+from testbed.scheduler.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from testbed.runtime.virtual import VirtualRuntime
+
+SHORTEST = 3
+"""Fewer steps are cheaper one by one."""
+LONGEST = 1024
+
+
+class Leaper:
+    """Leaps for one loop that is known to do one iteration as the module's text says (normal or overlap)."""
+
+    def __init__(self, scheduler: Scheduler, runtime: VirtualRuntime) -> None:
+        self._scheduler = scheduler
+        self._runtime = runtime
+        self._memory = scheduler.memory
+        self._stages: tuple[int, ...] = ()
+        """Host time of receive, schedule, prepare, wait, process and send (ns) of the steps at hand."""
+
+    def try_leap(self) -> None:
+        """Called where an iteration begins, nothing having arrived. Moves the world on, or does nothing."""
+        scheduler, runtime = self._scheduler, self._runtime
+        running, last = scheduler.running, scheduler.last_batch
+        if last is None or last.decodes is not running.requests or last.prefills or scheduler.waiting:
+            return
+        in_flight = scheduler.in_flight
+        if scheduler.chunked is not None or running.finished_rows or scheduler.forward_sleep_ns or len(in_flight) > 1:
+            return
+        if in_flight and (in_flight[0] is not last or runtime.last_result.stopped):
+            return
+        steps = self._steps_until_something_changes(len(in_flight))
+        if steps < SHORTEST:
+            return
+        horizon_ns = runtime.env.peek()
+        step_ns = runtime.last_result.end_ns - runtime.last_result.start_ns
+        if horizon_ns - runtime.local_ns < SHORTEST * step_ns:
+            return
+        times = self._times(steps, horizon_ns, len(in_flight))
+        if times is not None:
+            self._apply(times, bool(in_flight))
+
+    def _steps_until_something_changes(self, in_flight: int) -> int:
+        """Launches before a row ends, memory runs out, or the full invariant check is due."""
+        scheduler, running, memory = self._scheduler, self._scheduler.running, self._memory
+        rows, advance = len(running.requests), running.advance
+        if memory.allocator.quarantined_pages or scheduler.invariants.every_step or not scheduler.steps % FULL_EVERY:
+            return 0
+        # An end by length shows when its result is processed, an early one is part of the launched result.
+        ends = min(running.next_finish + in_flight, self._runtime.oracle.next_end(running.requests))
+        steps = min(ends - 1 - advance, LONGEST, FULL_EVERY - scheduler.steps % FULL_EVERY)
+        free = memory.allocator.free_pages
+        if memory.page_size == 1:
+            return min(steps, free // rows)
+        # A row opens a page every page_size steps; SGLang's rule also looks for a page a row at every step.
+        return min(steps, memory.page_size * (free // rows - 1 - memory.evict_whole_need))
+
+    def _times(self, steps: int, horizon_ns: float, in_flight: int) -> NDArray[np.int64] | None:
+        """The recurrence: int64 [steps, 10], the times of each launch (columns: see ``_apply``), as far as no event
+        of others comes before an iteration begins; None when that is too short."""
+        runtime, running = self._runtime, self._scheduler.running
+        rows = len(running.requests)
+        price, host = runtime.cost_model.price_decode, runtime.host
+        receive = runtime.stage_price(Stage.RECEIVE, 0)
+        schedule, prepare, sample, wait, process, send = (
+            runtime.stage_price(stage, rows)
+            for stage in (Stage.SCHEDULE, Stage.PREPARE, Stage.SAMPLE, Stage.WAIT, Stage.PROCESS, Stage.SEND)
+        )
+        before_launch, after_result = receive + schedule + prepare, wait + process + send
+        now, free = runtime.local_ns, runtime.device_free_ns
+        oldest_end = runtime.last_result.end_ns if in_flight else 0
+        context, longest = running.context_tokens(), running.context_max()
+        table: list[tuple[int, ...]] = []
+        for _ in range(steps):
+            if now >= horizon_ns:
+                break
+            context += rows
+            longest += 1
+            cost = price(rows, context, longest)
+            begin = now + before_launch
+            launched = begin + host.launch_ns(cost.kernels, cost.graph)
+            start, free = device_time(cost, begin, launched, free)
+            sampled = launched + sample
+            awaited = oldest_end if in_flight else free
+            resumed = sampled if sampled > awaited else awaited
+            table.append((now, begin, launched, sampled, resumed, start, free, context, longest, cost.graph))
+            oldest_end = free
+            now = resumed + after_result
+        if len(table) < SHORTEST:
+            return None
+        self._stages = (receive, schedule, prepare, wait, process, send)
+        return np.array(table, dtype=np.int64)
+
+    def _apply(self, times: NDArray[np.int64], in_flight: bool) -> None:
+        """Do all that the steps did."""
+        scheduler, runtime, running = self._scheduler, self._runtime, self._scheduler.running
+        steps, first, rows = len(times), scheduler.steps, len(running.requests)
+        now, begin, _, _, resumed, start, end, context, longest, graph = times.T
+        sent = resumed + sum(self._stages[3:])
+        tokens = runtime.oracle.tokens_ahead(running.advance, steps)
+        recorder = scheduler.recorder
+        if in_flight:
+            running.commit(scheduler.in_flight[0], runtime.last_result.token_ids)
+            recorder.step(scheduler.in_flight[0], runtime.last_result)
+        done = steps - in_flight
+        running.store_outputs(tokens[:done])
+        pages, free_tokens = self._take_pages(steps)
+        ratios = self._decay(steps)
+        records = {
+            **{"step": np.arange(first, first + steps), "mode": ForwardMode.DECODE, "launch_ns": begin},
+            **{"start_ns": start, "end_ns": end, "rows": rows, "decode_rows": rows, "running": rows, "graph": graph},
+            **{"context_tokens": context, "free_tokens": free_tokens},
+            "evictable_tokens": self._memory.cache.evictable_tokens,
+        }
+        recorder.steps_at_once(records, ratios, done)
+        recorder.advance_times.frombytes(sent.tobytes())
+        self._record_spans(times, sent)
+        scheduler.decision_log.append_decodes(rows, pages)
+        scheduler.steps += steps
+        scheduler.now_ns = int(now[-1])
+        runtime.moved(steps, int(sent[-1]), int(end[-1]))
+        if in_flight:
+            # The loop holds this very batch: it now is the last one launched.
+            batch = scheduler.in_flight[0]
+            batch.index, batch.advance = scheduler.steps - 1, running.advance
+            batch.output_shift = running.advance - running.since
+            batch.evicted_tokens = batch.extra_rows = 0
+            batch.retracted, batch.pages, batch.new_token_ratio = (), pages[-1:], ratios[-1]
+            batch.shape = BatchShape((), (), rows, int(context[-1]), int(longest[-1]))
+            batch.decided = (rows, 0, int(free_tokens[-1]), self._memory.cache.evictable_tokens)
+            last = int(begin[-1]), int(start[-1]), int(end[-1]), bool(graph[-1])
+            runtime.replace_last_result(StepResult(tokens[-1], (), *last))
+        scheduler.invariants.pages()
+        if scheduler.on_step is not None:
+            scheduler.on_step()
+
+    def _take_pages(self, steps: int) -> tuple[list[NDArray[np.int32]], NDArray[np.int64]]:
+        """Allocate and enter the pages of all steps, in the order of single steps; also the free tokens after each."""
+        running, memory = self._scheduler.running, self._memory
+        pages: list[NDArray[np.int32]] = []
+        free = np.empty(steps, dtype=np.int64)
+        for step in range(steps):
+            taken = running.take_pages()
+            memory.owned_pages += len(taken)
+            pages.append(taken)
+            free[step] = memory.allocator.free_pages
+        return pages, free * memory.page_size
+
+    def _decay(self, steps: int) -> list[float]:
+        """The ratio at each step."""
+        scheduler, ratios = self._scheduler, []
+        for _ in range(steps):
+            scheduler.new_token_ratio = max(scheduler.new_token_ratio - scheduler.ratio_decay, scheduler.ratio_min)
+            ratios.append(scheduler.new_token_ratio)
+        return ratios
+
+    def _record_spans(self, times: NDArray[np.int64], sent: NDArray[np.int64]) -> None:
+        """The host spans of all steps; a stage that costs nothing has none."""
+        now, begin, launched, sampled, resumed = times.T[:5]
+        receive, schedule, _, wait, process, _ = self._stages
+        edges = (
+            (Stage.RECEIVE, now, now + receive),
+            (Stage.SCHEDULE, now + receive, now + receive + schedule),
+            (Stage.PREPARE, now + receive + schedule, begin),
+            (Stage.LAUNCH, begin, launched),
+            (Stage.SAMPLE, launched, sampled),
+            (Stage.WAIT, resumed, resumed + wait),
+            (Stage.PROCESS, resumed + wait, resumed + wait + process),
+            (Stage.SEND, resumed + wait + process, sent),
+        )
+        edges = tuple(edge for edge in edges if edge[1][0] < edge[2][0])
+        spans = np.empty((len(times), len(edges), 4), dtype=np.int64)
+        launches, processed = self._runtime.launches, self._runtime.processed
+        for place, (stage, left, right) in enumerate(edges):
+            base = launches if stage < Stage.WAIT else processed
+            spans[:, place, 0], spans[:, place, 1] = stage, np.arange(base, base + len(times))
+            spans[:, place, 2], spans[:, place, 3] = left, right
+        self._scheduler.recorder.spans_at_once(spans)
