@@ -85,7 +85,9 @@ class KvMemory:
             return
         row = self.slots.pages[request.slot]
         tokens = request.fill_ids[:aligned]
-        there, node = self.cache.insert(tokens, row[: aligned // p], request.extra_key)
+        held = request.last_node
+        assert isinstance(held, Node)
+        there, node = self.cache.insert_below(held, request.prefix_tokens, tokens, row[: aligned // p])
         if there > request.prefix_tokens:
             self._free(row[request.prefix_tokens // p : there // p])
             match: Match = self.cache.match(tokens, request.extra_key)

@@ -116,14 +116,19 @@ class RadixCache:
         (their pages stay the caller's, as duplicates or as the tree's own) and the node where the path ends."""
         node = self._space(extra_key)
         node.touched = self._tick()
-        start, end = 0, len(tokens)
+        return self.insert_below(node, 0, tokens, pages)
+
+    def insert_below(self, node: Node, start: int, tokens: Ints, pages: Ints) -> tuple[int, Node]:
+        """``insert`` for a caller who holds ``node``, in which the first ``start`` of ``tokens`` end."""
+        end = len(tokens)
         while start < end:
-            child = node.children.get(self._child_key(tokens, start))
+            key = self._child_key(tokens, start)
+            child = node.children.get(key)
             if child is None:
                 # Copies: a view would keep the whole prompt alive for as long as its last page is cached.
                 kept = pages[start // self.page_size :].copy()
-                leaf = Node(node, tokens[start:].copy(), kept, extra_key, self._tick())
-                node.children[self._child_key(tokens, start)] = leaf
+                leaf = Node(node, tokens[start:].copy(), kept, node.extra_key, self._tick())
+                node.children[key] = leaf
                 self.evictable_tokens += end - start
                 self._offer(leaf)
                 return start, leaf

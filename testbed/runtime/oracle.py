@@ -86,8 +86,10 @@ class Oracle:
 
     def _prefill_states(self, batch: Batch) -> NDArray[np.uint64]:
         """States of the first tokens. A slot's key is shifted, so that a token depends on its place in the sequence."""
-        states = np.empty(len(batch.prefills), dtype=np.uint64)
-        for row, (request, prefix, new, _) in enumerate(batch.prefills):
+        states = np.zeros(len(batch.prefills), dtype=np.uint64)
+        for row, (request, prefix, new, last) in enumerate(batch.prefills):
+            if not last:
+                continue
             key = (self._key_of(request.rid) - STEP * request.prompt_tokens) % 2**64
             self._keys[request.slot] = key
             states[row] = (key + STEP * (prefix + new)) % 2**64

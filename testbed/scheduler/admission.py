@@ -159,7 +159,7 @@ class PrefillAdder:
             chunk = left // self.page_size * self.page_size
         else:
             chunk = left - self.page_size + 1
-        if chunk <= 0:
+        if chunk <= 0 or self.chunked is not None:
             return Verdict.OTHER
         self._select(request, prefix, chunk, False, 0)
         return Verdict.CONTINUE
@@ -184,7 +184,7 @@ class PrefillAdder:
         request.last_node = self.scheduler.cache.root
         if self.chunk_left is None or new <= self.chunk_left:
             self._select(request, 0, new, True, min(request.max_new_tokens, self.clip))
-        elif self.chunk_left <= 0:  # below 0: a padded chunk beside decode rows
+        elif self.chunk_left <= 0 or self.chunked is not None:  # below 0: a padded chunk beside decode rows
             return Verdict.OTHER
         else:
             self._select(request, 0, self.chunk_left, False, 0)

@@ -86,21 +86,21 @@ class Invariants:
             )
 
     def batch(self, batch: Batch) -> None:
-        """A batch keeps the limits and has every request once, none of them waiting (3.1 rows 20, 22)."""
+        """A batch keeps the limits and has every request once, none of them waiting (3.1 rows 20, 22). That the running
+        rows are distinct and do not wait is part of the full check: here they may be many."""
         self.evaluations["batch"] += 1
         scheduler = self._scheduler
-        members = [prefill.request for prefill in batch.prefills] + list(batch.decodes)
-        ranks = {request.rank for request in members}
-        self._require(bool(members), "batch", "empty batch")
-        self._require(len(ranks) == len(members), "batch", "a request is in the batch twice")
-        # Who waits holds no slot (the full check compares the lists themselves: the queue may be long).
-        self._require(all(r.slot != NEVER for r in members), "batch", "a member holds no slot")
-        rows = len(scheduler.running.requests) + sum(1 for p in batch.prefills if not p.request.in_running)
-        limit = max(scheduler.config.max_running_requests, len(scheduler.running.requests))
-        chunked = any(p.request is scheduler.chunked for p in batch.prefills) or scheduler.rules.can_stall
+        prefills, running = batch.prefills, len(scheduler.running.requests)
+        self._require(bool(prefills or batch.decodes), "batch", "empty batch")
+        ranks = {prefill.request.rank for prefill in prefills}
+        self._require(len(ranks) == len(prefills), "batch", "a request is in the batch twice")
+        limit = max(scheduler.config.max_running_requests, running)
+        chunked = any(p.request is scheduler.chunked for p in prefills) or scheduler.rules.can_stall
+        rows = running + len(prefills)
         self._require(rows <= limit + chunked, "batch", f"{rows} requests run, the limit is {limit}")
         for request, prefix, new, last in batch.prefills:
             self._require(new > 0, "batch", f"{request.rid} prefills {new} tokens")
+            self._require(request.slot != NEVER and not request.in_running, "batch", f"{request.rid} runs or waits")
             self._require(request.kv_tokens == prefix + new, "batch", f"{request.rid}: gap between chunks")
             self._require(last == (prefix + new == len(request.fill_ids)), "batch", f"{request.rid}: wrong last chunk")
         mixed = bool(batch.prefills) and bool(batch.decodes)
@@ -119,6 +119,7 @@ class Invariants:
         running = scheduler.running
         live = [request for request in running.requests if request.finish_reason is None]
         self._require(running.finished_rows == len(running.requests) - len(live), "full", "finished rows miscounted")
+        self._require(len({r.rank for r in running.requests}) == len(running), "full", "a request runs twice")
         for row, request in enumerate(running.requests):
             if request.finish_reason is None:
                 held = int(running.start[row]) + running.advance
@@ -129,6 +130,10 @@ class Invariants:
         everybody = sorted(r.rank for r in holders) + sorted(waiting)
         self._require(sorted(everybody) == sorted(r.rank for r in scheduler.requests.values()), "full", "request lost")
         self._require(all(r.slot == NEVER for r in scheduler.waiting), "full", "a waiting request holds a slot")
+        last = scheduler.last_batch
+        joining = {prefill.request.rank for prefill in last.prefills} if last is not None else set()
+        somewhere = all(r.in_running or r is scheduler.chunked or r.rank in joining for r in holders)
+        self._require(somewhere, "full", "a request holds KV and is in no batch")
 
     def _page_owners(self, holders: list[Request], nodes: list[Node]) -> None:
         scheduler = self._scheduler
