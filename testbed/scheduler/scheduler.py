@@ -47,41 +47,25 @@ class Scheduler:
         strategy: BatchingStrategy | None = None,
         recorder: Recorder | None = None,
         checks: Checks = "delta",
-        late_results: bool = False,
     ) -> None:
         """``policy`` and ``strategy`` replace the config's names by the user's own; ``checks``: full invariants at every
-        step, or only now and then; ``late_results``: the loop processes a result after launching the next batch."""
+        step, or only now and then."""
         self.config = config
         self.rules = config.rules
         self.context_length = context_length
         self.vocab_size = vocab_size
         self.seed = seed
-        self.memory = KvMemory(
-            kv_tokens,
-            page_size=config.page_size,
-            slots=2 * config.max_running_requests + 2,
-            context_tokens=min(context_length, kv_tokens) + 1,
-            prefix_cache=config.prefix_cache,
-            eviction=config.eviction,
-            evict_whole_need=config.rules.evict_amount == "whole_need",
-        )
+        self.memory = _build_memory(config, kv_tokens, context_length)
         self.cache = self.memory.cache
         self.max_request_tokens = min(context_length - 1, self.memory.allocator.capacity_tokens - 1)
         """Prompt and output together never exceed this (specification B.11)."""
         self.max_running_requests = config.max_running_requests
         self.chunk_size = None if config.chunked_prefill_size == -1 else config.chunked_prefill_size
-        if self.chunk_size is not None and self.chunk_size < config.page_size:
-            raise InputError(
-                f"a prefill of {self.chunk_size} tokens does not fill a page of {config.page_size}: no prompt would be cut",
-                where="engine.chunked_prefill_size",
-                remedy="give at least engine.page_size, or -1",
-            )
         self.running = RunningBatch(self.memory.slots, self.memory.allocator)
         self.waiting: list[Request] = []
         self.chunked: Request | None = None
         """The one request whose prompt is half computed."""
         self.last_batch: Batch | None = None
-        self.late_results = late_results
         self.vacated: Batch | None = None
         """A decode step that was not launched, because its retractions left nobody; the next launch reports them."""
         self.in_flight: list[Batch] = []
@@ -100,10 +84,7 @@ class Scheduler:
         self.ratio_decay = (self.ratio_init - self.ratio_min) / config.new_token_ratio_decay_steps
         self.new_token_ratio = self.ratio_init
 
-        chosen = policy or POLICIES[config.policy]
-        if self.cache.disabled and chosen in CACHE_AWARE:
-            chosen = fcfs
-        self.policy = with_priority(chosen, config.low_priority_values_first) if config.priority else chosen
+        self.policy = self._choose_policy(policy)
         self.strategy = strategy or STRATEGIES[config.batching]()
         self.strategy_is_ours = strategy is None
         """All built-in strategies take a plain decode step when nobody waits; a user's own may not."""
@@ -118,6 +99,14 @@ class Scheduler:
         self.matched_tokens = 0
         self.matched_in_policy = 0
         self.scanned = 0
+
+    def _choose_policy(self, own: Policy | None) -> Policy:
+        """The configured policy, or the user's ``own``; a cache-aware one without a cache is first come, first served."""
+        config = self.config
+        chosen = own or POLICIES[config.policy]
+        if self.cache.disabled and chosen in CACHE_AWARE:
+            chosen = fcfs
+        return with_priority(chosen, config.low_priority_values_first) if config.priority else chosen
 
     @property
     def free_and_evictable_tokens(self) -> int:
@@ -229,6 +218,7 @@ class Scheduler:
             self._merge_last_batch(last)
         if running.finished_rows and self.rules.admission == "every_step":
             running.filter_finished()
+        rows_before = len(running.requests)
         batch = self.strategy.next_batch(self)
         if batch is None and self.vacated is not None and not self.in_flight:
             batch = self.strategy.next_batch(self)  # what the retracted held is free now, and no result will tell
@@ -236,8 +226,10 @@ class Scheduler:
         if batch is not None:
             self._launch(batch)
         else:
-            # SGLang's latch may have been cleared by this very decision: then the next one can succeed.
-            self.stalled = not self.in_flight and not (self.waiting and full_before and not running.is_full)
+            # Under SGLang's latch this very decision may have cleared the latch, or dropped rows that its budgets still
+            # counted: then the next one can succeed.
+            opened = len(running.requests) < rows_before or (full_before and not running.is_full)
+            self.stalled = not self.in_flight and not (opened and (self.waiting or self.chunked is not None))
         return batch
 
     def _merge_last_batch(self, last: Batch) -> None:
@@ -567,3 +559,23 @@ class Scheduler:
         self.memory.cache.clear()
         self.memory.allocator.clear()
         return True
+
+
+def _build_memory(config: EngineConfig, kv_tokens: int, context_length: int) -> KvMemory:
+    """The KV memory that ``config`` asks for. Raises InputError for a chunk smaller than a page."""
+    if config.chunked_prefill_size != -1 and config.chunked_prefill_size < config.page_size:
+        raise InputError(
+            f"a prefill of {config.chunked_prefill_size} tokens does not fill a page of {config.page_size}: "
+            "no prompt would be cut",
+            where="engine.chunked_prefill_size",
+            remedy="give at least engine.page_size, or -1",
+        )
+    return KvMemory(
+        kv_tokens,
+        page_size=config.page_size,
+        slots=2 * config.max_running_requests + 2,
+        context_tokens=min(context_length, kv_tokens) + 1,
+        prefix_cache=config.prefix_cache,
+        eviction=config.eviction,
+        evict_whole_need=config.rules.evict_amount == "whole_need",
+    )
