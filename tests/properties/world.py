@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-import simpy
 from numpy.typing import NDArray
 
 from testbed.batch import Batch, StepResult
@@ -23,6 +22,7 @@ from testbed.messages import ControlOutput, GenerateRequest, Message, Prompt, Re
 from testbed.metrics import laws
 from testbed.metrics.recorder import Recorder
 from testbed.metrics.records import Records
+from testbed.request import Request
 from testbed.runtime import virtual, wall
 from testbed.runtime.oracle import Oracle
 from testbed.scenario.schema import ConstantDevice, EngineConfig
@@ -148,6 +148,10 @@ class Outcome:
     batches: list[tuple[Batch, StepResult]]
     iterations: int
     seed: int
+    first_tokens: int = 0
+    """Tokens that came from the last chunk of a prefill."""
+    requests: dict[int, Request] = field(default_factory=dict)
+    """Every request that was scheduled, by rank."""
     in_flight_at_recv: list[int] = field(default_factory=list)
 
     def streams(self) -> dict[str, list[int]]:
@@ -216,10 +220,16 @@ def run(
 
     batches: list[tuple[Batch, StepResult]] = []
     process = scheduler.process_batch_result
+    requests: dict[int, Request] = {}
+    first_tokens: list[int] = []
 
     def processing(batch: Batch, result: StepResult) -> Any:
         batches.append((batch, result))
-        return process(batch, result)
+        pending = [p.request for p in batch.prefills if p.last and not p.request.sampled and p.request.max_new_tokens]
+        requests.update((p.request.rank, p.request) for p in batch.prefills)
+        ended = process(batch, result)
+        first_tokens.extend(request.rank for request in pending if request.sampled)
+        return ended
 
     scheduler.process_batch_result = processing  # type: ignore[method-assign]
     loop = loop or find_loop(config.loop)[1]
@@ -238,12 +248,11 @@ def run(
         wall.run_to_the_end(loop(LoopContext(scheduler, runtime)))
     else:
         profile = constant_host(host) if isinstance(host, int) else load_host(host) if isinstance(host, str) else host
-        env = simpy.Environment()
-        runtime = WatchedVirtual(env, **shared, host=profile)
+        runtime = WatchedVirtual(**shared, host=profile)
         runtime.prepare(scheduler, script or {}, watch)
         if before:
             before(scheduler, runtime)
-        virtual.run_to_the_end(env, loop(LoopContext(scheduler, runtime)), runtime)
+        virtual.run_to_the_end(loop(LoopContext(scheduler, runtime)), runtime)
     scheduler.on_idle()
     records = recorder.records(runtime.traffic.sent, scheduler.decision_log.bytes())
     outcome = Outcome(
@@ -256,6 +265,8 @@ def run(
         batches=batches,
         iterations=runtime.iterations,
         seed=seed,
+        first_tokens=len(first_tokens),
+        requests=requests,
         in_flight_at_recv=in_flight,
     )
     if prove:
@@ -328,13 +339,7 @@ def work_adds_up(outcome: Outcome) -> None:
     again after a retraction."""
     sent = sum(len(output.output_ids) for output in outcome.sent)
     decoded = int(outcome.records.steps["decode_rows"].sum() - outcome.records.steps["extra_rows"].sum())  # type: ignore[union-attr]
-    assert decoded + first_tokens(outcome) == sent
-
-
-def first_tokens(outcome: Outcome) -> int:
-    """Tokens that came from a prefill's last chunk: one segment each in the request's record."""
-    ended = outcome.scheduler.recorder._ended.values()
-    return sum(1 for request, _, _ in ended for first, _ in request.segments if first < 0)
+    assert decoded + outcome.first_tokens == sent
 
 
 def burst(count: int, prompt: int = 8, outputs: int = 4, **fields: Any) -> list[Job]:
