@@ -33,6 +33,20 @@ def machine() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
+def source_table(line: str, seeds: str, device: str, host: str) -> list[str]:
+    """Where a committed page came from, as a table."""
+    return [
+        "| | |",
+        "|---|---|",
+        f"| command | `python -m tests.evidence {line}` |",
+        f"| commit | {commit()} |",
+        f"| seeds | {seeds} |",
+        f"| device, host profile | {device}; {host} |",
+        f"| machine | {machine()}, Python {platform.python_version()} |",
+        f"| date | {datetime.date.today().isoformat()} |",
+    ]
+
+
 def write_page(
     folder: Path, checks: Sequence[Check], sizes: Sequence[tuple[str, int, int]], exact: Sequence[str]
 ) -> None:
@@ -66,14 +80,7 @@ def _text(checks: Sequence[Check], sizes: Sequence[tuple[str, int, int]], exact:
         f"**{len(checks) - len(outside)} of {len(checks)} checks hold**, over {customers:,} simulated customers. Of",
         f"the {statistical} checks that are statistical, one in a hundred is expected to fail by chance.",
         "",
-        "| | |",
-        "|---|---|",
-        "| command | `python -m tests.evidence simulate.5` |",
-        f"| commit | {commit()} |",
-        "| seeds | 0, 1, 2, ... as many as runs |",
-        "| device, host profile | constant times, `none` |",
-        f"| machine | {machine()}, one core, Python {platform.python_version()} |",
-        f"| date | {datetime.date.today().isoformat()} |",
+        *source_table("simulate.5", "0, 1, 2, ... as many as runs", "constant times", "`none`"),
         "",
         "![Deviation from theory in units of the 99 % interval](intervals.svg)",
         "",

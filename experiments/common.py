@@ -1,0 +1,69 @@
+"""What every experiment needs: where it came from, tables and figures on disk, and expected figures with tolerances."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parent.parent
+DATE = "2026-11-21"
+"""When the committed results were made."""
+
+
+def provenance(folder: Path, seed: int | str, device: str, host: str) -> dict[str, str]:
+    """Command, commit, seed, device, host profile, machine and date of a result."""
+    asked = subprocess.run(["git", "log", "-1", "--format=%h"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return {
+        "command": f"python experiments/{folder.name}/analysis.py",
+        "commit": asked.stdout.strip() or "unknown",
+        "seed": str(seed),
+        "device": device,
+        "host profile": host,
+        "machine": f"{_processor()}, Python {platform.python_version()}",
+        "date": DATE,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def save(folder: Path, table: pd.DataFrame, figures: Mapping[str, float], source: Mapping[str, str]) -> None:
+    """Write ``results/table.csv``, ``results/figures.json`` and ``results/provenance.json``."""
+    results = folder / "results"
+    results.mkdir(exist_ok=True)
+    table.to_csv(results / "table.csv", index=False, float_format="%.6g")
+    _write(results / "figures.json", {name: float(f"{value:.6g}") for name, value in figures.items()})
+    _write(results / "provenance.json", dict(source))
+
+
+def save_figure(folder: Path, name: str, figure: Figure) -> None:
+    """Write ``figures/NAME.png``."""
+    (folder / "figures").mkdir(exist_ok=True)
+    figure.savefig(folder / "figures" / f"{name}.png", dpi=150)
+
+
+def unexpected(folder: Path, figures: Mapping[str, float]) -> list[str]:
+    """What of ``expected.json`` (``{figure: {value, tolerance}}``) the figures of a smoke run miss."""
+    expected: dict[str, dict[str, float]] = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
+    missing = sorted(set(expected) ^ set(figures))
+    return [f"{name} is in one of expected.json and the figures only" for name in missing] + [
+        f"{name}: {figures[name]:.6g}, expected {want['value']:.6g} +- {want['tolerance']:.6g}"
+        for name, want in expected.items()
+        if name in figures and abs(figures[name] - want["value"]) > want["tolerance"]
+    ]
+
+
+def _write(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
