@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import simpy
-
 import testbed
 from testbed.costs import (
     CostModel,
@@ -128,14 +126,13 @@ def simulate(
 ) -> Run:
     """Run a scenario in virtual time.
 
-    ``checks="full"`` proves every invariant at every step (slow: for small pools). ``leap=False`` takes decode steps one
-    by one even where nothing happens between them; the records are the same to the byte. Raises InputError for a scenario that
-    cannot run, Deadlock when a strategy leaves requests waiting for ever, InvariantError for a defect of the program.
+    ``checks="full"`` proves every invariant at every step (slow: for small pools). ``leap=False`` takes decode steps
+    one by one even where nothing happens between them; the records are the same to the byte. Raises InputError for a
+    scenario that cannot run, Deadlock when a strategy leaves requests waiting for ever, InvariantError for a defect
+    of the program.
     """
     engine = build_engine(_one(scenario, seed), checks=checks)
-    env = simpy.Environment()
     runtime = virtual.VirtualRuntime(
-        env,
         cost_model=engine.cost_model,
         host=engine.host,
         recorder=engine.recorder,
@@ -146,7 +143,7 @@ def simulate(
         runtime.leap = Leaper(engine.scheduler, runtime).try_leap
     if progress is not None:
         _report_progress(engine.scheduler, runtime.traffic, progress)
-    virtual.run_to_the_end(env, engine.loop(LoopContext(engine.scheduler, runtime)), runtime)
+    virtual.run_to_the_end(engine.loop(LoopContext(engine.scheduler, runtime)), runtime)
     return _run(engine, runtime.traffic, "simulated")
 
 

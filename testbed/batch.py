@@ -64,9 +64,9 @@ class Prefill(NamedTuple):
 class Batch:
     """A launched step: a snapshot that later decisions cannot change.
 
-    Rows are the prefills, then the decodes. ``slots`` and ``start`` are columns of the running batch at launch (replaced
-    there, never written to): decode row i computes the token at position ``start[i] + advance - 1``, the last of
-    ``start[i] + advance`` tokens of KV.
+    Rows are the prefills, then the decodes. ``slots`` and ``start`` are columns of the running batch at launch
+    (replaced there, never written to): decode row i computes the token at position ``start[i] + advance - 1``, the
+    last of ``start[i] + advance`` tokens of KV.
     """
 
     # Defaults live on the class: most steps are pure decodes and set only a few of these (0.5 us a step).

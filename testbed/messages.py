@@ -13,21 +13,21 @@ from testbed.tokens import token_ids
 
 
 class Segment(NamedTuple):
-    """``count`` tokens of stream ``key`` from position ``start`` on (see ``testbed.tokens``)."""
+    """``length`` tokens of stream ``key`` from position ``start`` on (see ``testbed.tokens``)."""
 
     key: int
     start: int
-    count: int
+    length: int
 
 
 class Prompt:
     """A prompt that is made when it is first looked at: its length is free, its ids cost memory only while it lives."""
 
-    __slots__ = ("segments", "length")
+    __slots__ = ("length", "segments")
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         self.segments = tuple(segments)
-        self.length = sum(segment.count for segment in self.segments)
+        self.length = sum(segment.length for segment in self.segments)
 
     def __len__(self) -> int:
         return self.length

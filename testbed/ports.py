@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from enum import IntEnum
 from typing import Protocol
 
@@ -83,8 +82,8 @@ class Executor(Protocol):
 class Outbox(Protocol):
     """Where outputs go."""
 
-    def send_tokens(self, batch: Batch, result: StepResult) -> None:
-        """The tokens of one step (one message for the whole batch)."""
+    def send_tokens(self, batch: Batch, result: StepResult) -> int:
+        """The tokens of one step (one message for the whole batch); returns the time of sending (ns)."""
         ...
 
     def send(self, output: RequestOutput | ControlOutput) -> None:
@@ -95,10 +94,11 @@ class Outbox(Protocol):
 class Ports(Protocol):
     """The five of them, as a runtime hands them to a loop."""
 
-    inbox: Inbox
-    cpu: Cpu
-    executor: Executor
-    outbox: Outbox
-
-
-__all__ = ["Cpu", "Executor", "Inbox", "Outbox", "Pending", "Ports", "Sequence", "Stage"]
+    @property
+    def inbox(self) -> Inbox: ...  # noqa: D102
+    @property
+    def cpu(self) -> Cpu: ...  # noqa: D102
+    @property
+    def executor(self) -> Executor: ...  # noqa: D102
+    @property
+    def outbox(self) -> Outbox: ...  # noqa: D102

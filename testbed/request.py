@@ -27,8 +27,8 @@ class FinishReason(StrEnum):
 class Request:
     """A request from its admission to its end.
 
-    ``fill_ids`` are the tokens whose KV a prefill has to provide: the prompt, and after a retraction the outputs so far.
-    While the request decodes, its newer outputs lie in the slot's row of the output table.
+    ``fill_ids`` are the tokens whose KV a prefill has to provide: the prompt, and after a retraction the outputs so
+    far. While the request decodes, its newer outputs lie in the slot's row of the output table.
 
     KV of a request that is not decoding, in tokens::
 

@@ -1,8 +1,8 @@
 """The radix tree over cached prefixes: which tokens have KV, in which pages (SGLang's RadixCache; specification D.2).
 
 Nodes hold whole pages. A node is *locked* while a running or parked request's path passes through it; locked tokens are
-protected, the others evictable. Eviction takes unlocked leaves, least recently (or least frequently) used first; time is
-a counter of touches, so equal runs evict equally.
+protected, the others evictable. Eviction takes unlocked leaves, least recently (or least frequently) used first; time
+is a counter of touches, so equal runs evict equally.
 """
 
 from __future__ import annotations
@@ -68,8 +68,9 @@ class RadixCache:
         self.evictable_tokens = 0
         self.protected_tokens = 0
         self.evicted_tokens_total = 0
-        # Heap of (rank at push, serial, node), at most one entry a node (``offered``). Ranks only grow, so an entry whose
-        # node was touched since is put back with its new rank; one whose node is locked or has children is dropped.
+        # Heap of (rank at push, serial, node), at most one entry a node (``offered``). Ranks only grow, so an entry
+        # whose node was touched since is put back with its new rank; one whose node is locked or has children is
+        # dropped.
         self._leaves: list[tuple[tuple[int, int], int, Node]] = []
         self._serial = 0
 

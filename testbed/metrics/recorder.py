@@ -186,5 +186,6 @@ class Recorder:
         last[some] = times[offsets[1:][some] - 1]
         columns["last_token_ns"] = last
         scheduled, finish = columns["first_scheduled_ns"], columns["finish_ns"]
-        columns["queue_ns"] = np.where(finish == NEVER, NEVER, np.where(scheduled == NEVER, finish, scheduled) - arrival)
+        waited_until = np.where(scheduled == NEVER, finish, scheduled)
+        columns["queue_ns"] = np.where(finish == NEVER, NEVER, waited_until - arrival)
         return {name: columns[name] for name in REQUEST_COLUMNS}

@@ -1,9 +1,10 @@
 """The decode leap: many identical decode steps at once, to the nanosecond what they are one by one.
 
-Between two events of the world (an arrival, the end of a request) every iteration of a built-in loop does the same: receive
-nothing, schedule, prepare and launch the same rows one token further, wait for the oldest launched step, process and send
-it. The times follow a recurrence of a dozen integer operations; pages, tokens and records of all the steps are written in
-bulk. ``tests/runtime/test_leap.py`` holds every record of a run with leaps to the bytes of one without.
+Between two events of the world (an arrival, the end of a request) every iteration of a built-in loop does the same:
+receive nothing, schedule, prepare and launch the same rows one token further, wait for the oldest launched step,
+process and send it. The times follow a recurrence of a dozen integer operations; pages, tokens and records of all the
+steps are written in bulk. ``tests/runtime/test_leap.py`` holds every record of a run with leaps to the bytes of one
+without.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Leaper:
         steps = self._steps_until_something_changes(len(in_flight))
         if steps < SHORTEST:
             return
-        horizon_ns = runtime.env.peek()
+        horizon_ns = runtime.horizon_ns()
         step_ns = runtime.last_result.end_ns - runtime.last_result.start_ns
         if horizon_ns - runtime.local_ns < SHORTEST * step_ns:
             return
@@ -74,7 +75,7 @@ class Leaper:
         # A row opens a page every page_size steps; SGLang's rule also looks for a page a row at every step.
         return min(steps, memory.page_size * (free // rows - 1 - memory.evict_whole_need))
 
-    def _times(self, steps: int, horizon_ns: float, in_flight: int) -> NDArray[np.int64] | None:
+    def _times(self, steps: int, horizon_ns: int, in_flight: int) -> NDArray[np.int64] | None:
         """The recurrence: int64 [steps, 10], the times of each launch (columns: see ``_apply``), as far as no event
         of others comes before an iteration begins; None when that is too short."""
         runtime, running = self._runtime, self._scheduler.running
@@ -126,9 +127,9 @@ class Leaper:
         pages, free_tokens = self._take_pages(steps)
         ratios = self._decay(steps)
         records = {
-            **{"step": np.arange(first, first + steps), "mode": ForwardMode.DECODE, "launch_ns": begin},
-            **{"start_ns": start, "end_ns": end, "rows": rows, "decode_rows": rows, "running": rows, "graph": graph},
-            **{"context_tokens": context, "free_tokens": free_tokens},
+            "step": np.arange(first, first + steps), "mode": ForwardMode.DECODE, "launch_ns": begin,
+            "start_ns": start, "end_ns": end, "rows": rows, "decode_rows": rows, "running": rows, "graph": graph,
+            "context_tokens": context, "free_tokens": free_tokens,
             "evictable_tokens": self._memory.cache.evictable_tokens,
         }
         recorder.steps_at_once(records, ratios, done)
@@ -177,7 +178,7 @@ class Leaper:
         """The host spans of all steps; a stage that costs nothing has none."""
         now, begin, launched, sampled, resumed = times.T[:5]
         receive, schedule, _, wait, process, _ = self._stages
-        edges = (
+        edges = [
             (Stage.RECEIVE, now, now + receive),
             (Stage.SCHEDULE, now + receive, now + receive + schedule),
             (Stage.PREPARE, now + receive + schedule, begin),
@@ -186,8 +187,8 @@ class Leaper:
             (Stage.WAIT, resumed, resumed + wait),
             (Stage.PROCESS, resumed + wait, resumed + wait + process),
             (Stage.SEND, resumed + wait + process, sent),
-        )
-        edges = tuple(edge for edge in edges if edge[1][0] < edge[2][0])
+        ]
+        edges = [edge for edge in edges if edge[1][0] < edge[2][0]]
         spans = np.empty((len(times), len(edges), 4), dtype=np.int64)
         launches, processed = self._runtime.launches, self._runtime.processed
         for place, (stage, left, right) in enumerate(edges):

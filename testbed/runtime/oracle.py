@@ -17,8 +17,8 @@ BLOCK = 8
 
 
 class Oracle:
-    """A token is a function of request and position alone, so that every mix-up shows. The oracle alone knows true output
-    lengths: it lists the rows that end before their ``max_new_tokens``."""
+    """A token is a function of request and position alone, so that every mix-up shows. The oracle alone knows true
+    output lengths: it lists the rows that end before their ``max_new_tokens``."""
 
     def __init__(self, seed: int, vocab_size: int, slots: int, key_of: Callable[[str], int] | None = None) -> None:
         self._vocab_size = vocab_size

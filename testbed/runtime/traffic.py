@@ -1,4 +1,5 @@
-"""The workload as a runtime sees it: who is to be sent when, who was sent, who is still open. The same for every clock."""
+"""The workload as a runtime sees it: who is to be sent when, who was sent, who is still open. The same for every
+clock."""
 
 from __future__ import annotations
 

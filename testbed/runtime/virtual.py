@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import types
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Coroutine, Generator
 from typing import Any
 
 import simpy
@@ -20,7 +20,7 @@ from testbed.messages import ControlOutput, Message, RequestOutput
 from testbed.metrics.recorder import Recorder
 from testbed.ports import Stage
 from testbed.runtime.modelled import CostModel, Deadlock, HostProfile, device_time, price_batch
-from testbed.runtime.oracle import Oracle
+from testbed.runtime.oracle import FAR, Oracle
 from testbed.runtime.traffic import Traffic
 from testbed.workload.base import TimedRequest, Workload
 
@@ -36,7 +36,6 @@ class VirtualRuntime:
 
     def __init__(
         self,
-        env: simpy.Environment,
         *,
         cost_model: CostModel,
         host: HostProfile,
@@ -44,7 +43,7 @@ class VirtualRuntime:
         oracle: Oracle,
         workload: Workload,
     ) -> None:
-        self.env = env
+        self.env = simpy.Environment()
         self.inbox = self.cpu = self.executor = self.outbox = self
         self.traffic = Traffic(workload, oracle)
         self.cost_model = cost_model
@@ -70,14 +69,20 @@ class VirtualRuntime:
     def start(self) -> None:
         """Begin to send the workload's requests, one scheduled event ahead."""
         timed = self.traffic.next_timed()
-        if timed is not None:
-            self._at(timed.arrival_ns, lambda: (self._arrive(timed), self.start()))
+        if timed is None:
+            return
 
-    def _at(self, when_ns: int, action: Callable[[], object]) -> None:
+        def arrive() -> None:
+            self._arrive(timed)
+            self.start()
+
+        self._at(timed.arrival_ns, arrive)
+
+    def _at(self, when_ns: int, action: Callable[[], None]) -> None:
         """Call ``action`` at ``when_ns``, before any loop wakes at that instant."""
         event = simpy.Event(self.env)
         event._ok, event._value = True, None
-        event.callbacks.append(lambda _: action())
+        event.callbacks = [lambda _: action()]
         self.env.schedule(event, priority=URGENT, delay=max(when_ns - self.env.now, 0))
 
     def _arrive(self, timed: TimedRequest) -> None:
@@ -107,7 +112,7 @@ class VirtualRuntime:
         if block and not self._delivered:
             self._waiting_for_message = simpy.Event(self.env)
             await wait(self._waiting_for_message)
-            self.local_ns = self.env.now
+            self.local_ns = int(self.env.now)
         if not self._delivered:
             return self.local_ns, []
         messages = list(self._delivered)
@@ -152,12 +157,16 @@ class VirtualRuntime:
         if self.env.peek() <= self.local_ns:
             await self._settle()
 
+    def horizon_ns(self) -> int:
+        """When the next event of anybody else happens; FAR in the future when there is none."""
+        return int(min(self.env.peek(), FAR))
+
     async def _settle(self) -> None:
         """Pay the debt to SimPy's clock. Called only when somebody else's event comes before the loop's own time: else
         nobody would notice, and the debt is carried on without an event."""
         await wait(self.env.timeout(self.local_ns - self.env.now))
 
-    # -- Executor --------------------------------------------------------------------------------------------------------
+    # -- Executor ----------------------------------------------------------------------------------------------------
 
     def launch(self, batch: Batch, defer_sampling: bool = False) -> _Launched:
         """See ports.Executor. An in-order device: a batch starts when it is launched and the device is free."""
@@ -193,7 +202,7 @@ class VirtualRuntime:
         self.processed += steps
         self.local_ns, self.device_free_ns = now_ns, device_free_ns
 
-    # -- Outbox ----------------------------------------------------------------------------------------------------------
+    # -- Outbox ------------------------------------------------------------------------------------------------------
 
     def send_tokens(self, batch: Batch, result: StepResult) -> int:
         """See ports.Outbox; returns the loop's time of sending (ns)."""
@@ -231,7 +240,7 @@ class _Launched:
         return result
 
 
-def where_it_waits(coroutine: types.CoroutineType[Any, Any, Any]) -> str:
+def where_it_waits(coroutine: Coroutine[Any, Any, Any]) -> str:
     """The chain of functions in which a suspended coroutine waits, for deadlock reports."""
     chain: list[str] = []
     awaited: Any = coroutine
@@ -243,9 +252,10 @@ def where_it_waits(coroutine: types.CoroutineType[Any, Any, Any]) -> str:
     return " > ".join(chain)
 
 
-def run_to_the_end(env: simpy.Environment, loop: types.CoroutineType[Any, Any, None], runtime: VirtualRuntime) -> None:
+def run_to_the_end(loop: Coroutine[Any, Any, None], runtime: VirtualRuntime) -> None:
     """Run the loop until nothing can happen any more. Raises the loop's own exception as it was (SimPy would re-make
     it), and Deadlock when requests are open but no event is left."""
+    env = runtime.env
     failure: list[BaseException] = []
 
     async def guarded() -> None:
@@ -255,7 +265,7 @@ def run_to_the_end(env: simpy.Environment, loop: types.CoroutineType[Any, Any, N
             failure.append(error)
 
     process = guarded()
-    env.process(process)
+    env.process(process)  # type: ignore[arg-type]  # SimPy asks for send and throw, which a coroutine has
     runtime.start()
     try:
         env.run()

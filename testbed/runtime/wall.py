@@ -1,5 +1,5 @@
-"""The wall clock: the ports without SimPy. An ``await`` blocks the loop's own thread, so a coroutine of a loop is driven by
-one ``send(None)``: no event library, no second thread.
+"""The wall clock: the ports without SimPy. An ``await`` blocks the loop's own thread, so a coroutine of a loop is
+driven by one ``send(None)``: no event library, no second thread.
 
 ``PacedRuntime`` is the wall clock with a modelled device: a step takes the time that the cost model says, for real. The
 loop, its host time and its races with the clock are real, and no GPU is needed.
@@ -41,7 +41,8 @@ class PacedRuntime:
         workload: Workload,
         inject: HostProfile | None = None,
     ) -> None:
-        """``inject``: spin each stage of the loop until this profile's time is spent, to study a slower host than ours."""
+        """``inject``: spin each stage of the loop until this profile's time is spent, to study a slower host than
+        ours."""
         self.inbox = self.cpu = self.executor = self.outbox = self
         self.traffic = Traffic(workload, oracle)
         self._cost_model = cost_model

@@ -100,7 +100,7 @@ class PrefillAdder:
         if not self.rules.can_stall:
             # Only what memory holds now; the rest comes when others have finished (never refused outright: its KV
             # would be stranded).
-            budget = min(budget, self.scheduler.free_and_evictable_tokens - self.current_offset + -prefix % self.page_size)
+            budget = min(budget, self.current_left + -prefix % self.page_size)
             if budget < left and self.rules.chunk_align == "page":
                 budget = (prefix + budget) // self.page_size * self.page_size - prefix
         new = min(left, budget)

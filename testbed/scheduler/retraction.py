@@ -85,7 +85,8 @@ def _retract(scheduler: Scheduler, request: Request) -> None:
 
 
 def _give_up(scheduler: Scheduler, request: Request) -> None:
-    """The last running request does not fit into the whole pool: end it with a reason instead of stopping the engine."""
+    """The last running request does not fit into the whole pool: end it with a reason instead of stopping the
+    engine."""
     scheduler.fail(request, "the KV pool does not hold this request", 500)
     scheduler.running.filter_finished()
 

@@ -1,8 +1,8 @@
 """The running batch as a column store: every request that decodes is a row, and a step costs the same at 1 or 256 rows.
 
 Between two changes of membership the columns are constant. What moves is one number, ``advance``, the count of decode
-steps launched: row i holds ``start[i] + advance`` tokens of KV, and finishes with the result of advance ``finish_at[i]``.
-Columns are replaced, never written to, so a launched batch keeps references as its snapshot.
+steps launched: row i holds ``start[i] + advance`` tokens of KV, and finishes with the result of advance
+``finish_at[i]``. Columns are replaced, never written to, so a launched batch keeps references as its snapshot.
 """
 
 from __future__ import annotations

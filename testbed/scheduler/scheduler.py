@@ -48,8 +48,8 @@ class Scheduler:
         recorder: Recorder | None = None,
         checks: Checks = "delta",
     ) -> None:
-        """``policy`` and ``strategy`` replace the config's names by the user's own; ``checks``: full invariants at every
-        step, or only now and then."""
+        """``policy`` and ``strategy`` replace the config's names by the user's own; ``checks``: full invariants at
+        every step, or only now and then."""
         self.config = config
         self.rules = config.rules
         self.context_length = context_length
@@ -101,7 +101,8 @@ class Scheduler:
         self.scanned = 0
 
     def _choose_policy(self, own: Policy | None) -> Policy:
-        """The configured policy, or the user's ``own``; a cache-aware one without a cache is first come, first served."""
+        """The configured policy, or the user's ``own``; a cache-aware one without a cache is first come, first
+        served."""
         config = self.config
         chosen = own or POLICIES[config.policy]
         if self.cache.disabled and chosen in CACHE_AWARE:
@@ -128,7 +129,8 @@ class Scheduler:
         return not (self.requests or self.in_flight or self.chunked or self.waiting)
 
     def handle_message(self, now_ns: int, message: Message) -> list[RequestOutput | ControlOutput]:
-        """Dispatch one message; what has to be sent at once is returned. A message never raises: a bad one is refused."""
+        """Dispatch one message; what has to be sent at once is returned. A message never raises: a bad one is
+        refused."""
         self.now_ns = now_ns
         self.stalled = False
         return dispatch(self, message)
@@ -295,8 +297,8 @@ class Scheduler:
         return self._prepare_for_extend(adder.prefills)
 
     def _may_admit(self, token_budget: int | None) -> bool:
-        """A test of constant cost before the exact one. With the latch: whether it is open. Without: whether the head of
-        a first-come queue could possibly fit, which spares a full queue the walk at every step."""
+        """A test of constant cost before the exact one. With the latch: whether it is open. Without: whether the head
+        of a first-come queue could possibly fit, which spares a full queue the walk at every step."""
         if self.rules.admission == "when_batch_shrinks":
             return not self.running.is_full
         if token_budget is not None and token_budget <= 0:
@@ -517,7 +519,7 @@ class Scheduler:
                 extra = sum(1 for request in ended if request.in_running and request.joined < batch.advance)
                 batch.extra_rows += extra
 
-    # -- after the outputs were sent ------------------------------------------------------------------------------------
+    # -- after the outputs were sent ---------------------------------------------------------------------------------
 
     def outputs_sent(self, batch: Batch, result: StepResult, ended: list[Request], sent_ns: int) -> None:
         """Record that the batch's tokens, and the ends of ``ended``, were sent at ``sent_ns``."""
@@ -546,7 +548,8 @@ class Scheduler:
         request.segments.append((-1 - sent_ns, 1))
 
     def on_idle(self) -> None:
-        """The loop found nothing to do: the ratio starts afresh, and every page is accounted for (specification A.9)."""
+        """The loop found nothing to do: the ratio starts afresh, and every page is accounted for (specification
+        A.9)."""
         self.new_token_ratio = self.ratio_init
         self.invariants.when_idle()
 

@@ -59,7 +59,7 @@ class SingleRequests:
         prompt_tokens, output_tokens = next(self._lengths)
         rid = f"r{next(self._numbers)}"
         segments = self._prefixes.draw() if self._prefixes else []
-        total = prompt_tokens + sum(segment.count for segment in segments)
+        total = prompt_tokens + sum(segment.length for segment in segments)
         segments.append(fresh(self._seed, rid, prompt_tokens))
         if not self._terms.fits(total, output_tokens):
             self._cut += 1
@@ -133,7 +133,7 @@ class SessionRequests:
         turn = session.turns.popleft()
         prefix = self._prefixes.draw() if self._prefixes else []
         segments = [self._system, *prefix, fresh(self._seed, f"{session.name}.t0", turn.user_tokens)]
-        total, output_tokens = sum(segment.count for segment in segments), turn.output_tokens
+        total, output_tokens = sum(segment.length for segment in segments), turn.output_tokens
         if not self._terms.fits(total, output_tokens):
             self._cut += 1
             total, output_tokens = self._terms.fitted(total, output_tokens)

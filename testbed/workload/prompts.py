@@ -25,10 +25,10 @@ def merged(segments: Iterable[Segment]) -> list[Segment]:
     """The same tokens in as few segments as possible: empty ones left out, neighbours that go on in a stream joined."""
     out: list[Segment] = []
     for segment in segments:
-        if segment.count == 0:
+        if segment.length == 0:
             continue
-        if out and out[-1].key == segment.key and out[-1].start + out[-1].count == segment.start:
-            out[-1] = Segment(segment.key, out[-1].start, out[-1].count + segment.count)
+        if out and out[-1].key == segment.key and out[-1].start + out[-1].length == segment.start:
+            out[-1] = Segment(segment.key, out[-1].start, out[-1].length + segment.length)
         else:
             out.append(segment)
     return out
@@ -40,8 +40,8 @@ def cut(segments: Iterable[Segment], tokens: int) -> list[Segment]:
     for segment in segments:
         if tokens <= 0:
             break
-        out.append(segment._replace(count=min(segment.count, tokens)))
-        tokens -= segment.count
+        out.append(segment._replace(length=min(segment.length, tokens)))
+        tokens -= segment.length
     return out
 
 

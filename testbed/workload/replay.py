@@ -178,7 +178,7 @@ class RowPrompts:
         if row.prefix_id:
             shared = [Segment(stream_key("prefix", self._name, row.prefix_id), 0, row.prefix_tokens)]
         shared = cut(shared, row.prompt_tokens)
-        own = row.prompt_tokens - sum(segment.count for segment in shared)
+        own = row.prompt_tokens - sum(segment.length for segment in shared)
         return merged([*shared, fresh(self._seed, rid, own)])
 
 

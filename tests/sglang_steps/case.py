@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import simpy
 from numpy.typing import NDArray
 
 from testbed.batch import Batch, BatchShape, StepCost
@@ -142,9 +141,7 @@ def replay(path: Path) -> tuple[dict[str, Any], Replayed]:
         recorder=recorder,
         checks="full",
     )
-    env = simpy.Environment()
     runtime = VirtualRuntime(
-        env,
         cost_model=OneNanosecond(),
         host=NoHost(),
         recorder=recorder,
@@ -162,7 +159,7 @@ def replay(path: Path) -> tuple[dict[str, Any], Replayed]:
     scheduler.get_next_batch_to_run = recording  # type: ignore[method-assign]
     deadlock = False
     try:
-        run_to_the_end(env, find_loop(config.loop)[1](LoopContext(scheduler, runtime)), runtime)
+        run_to_the_end(find_loop(config.loop)[1](LoopContext(scheduler, runtime)), runtime)
     except Deadlock:
         deadlock = True
     return case, Replayed(steps, deadlock)
