@@ -38,6 +38,8 @@ class Oracle:
         request = timed.request
         if request.max_new_tokens is None or timed.output_tokens < request.max_new_tokens or not request.ignore_eos:
             self._stop_at[request.rid] = timed.output_tokens - 1
+        else:
+            self._stop_at.pop(request.rid, None)  # of an earlier request with this id
 
     def result(self, batch: Batch) -> tuple[NDArray[np.int32], tuple[int, ...]]:
         """Token ids, int32 [rows], and the rows that stop."""

@@ -22,9 +22,11 @@ from testbed.messages import ControlOutput, GenerateRequest, Message, Prompt, Re
 from testbed.metrics import laws
 from testbed.metrics.recorder import Recorder
 from testbed.metrics.records import Records
-from testbed.request import Request
+from testbed.request import NEVER, Request
 from testbed.runtime import virtual, wall
+from testbed.runtime.leap import Leaper
 from testbed.runtime.oracle import Oracle
+from testbed.runtime.traffic import Traffic
 from testbed.scenario.schema import ConstantDevice, EngineConfig
 from testbed.scheduler.batching import BatchingStrategy
 from testbed.scheduler.policies import Policy
@@ -101,6 +103,7 @@ class Watched:
     """What both runtimes add here: messages by iteration, everything that is sent, and a look at each iteration."""
 
     scheduler: Scheduler
+    traffic: Traffic
     script: dict[int, Sequence[Message]]
     watch: Callable[[Watched, bool, bool], None]
     outputs: list[RequestOutput]
@@ -135,6 +138,30 @@ class WatchedPaced(Watched, wall.PacedRuntime):
     pass
 
 
+class Moment(NamedTuple):
+    """The begin of an iteration."""
+
+    steps: int
+    """Launches so far."""
+    in_flight: int
+    open: int
+    """Requests sent and not ended."""
+    states: dict[str, str]
+    """Where each request is."""
+
+
+def state_of(scheduler: Scheduler, request: Request) -> str:
+    if request.slot == NEVER:
+        return "retracted" if request.retractions else "waiting"
+    if request is scheduler.chunked:
+        return "chunked"
+    if request.pending_prefills:
+        return "prefill in flight"
+    if scheduler.in_flight and request.in_running:
+        return "decode in flight"
+    return "running" if request.in_running else "prefilled"
+
+
 @dataclass
 class Outcome:
     """What a run left behind."""
@@ -152,7 +179,8 @@ class Outcome:
     """Tokens that came from the last chunk of a prefill."""
     requests: dict[int, Request] = field(default_factory=dict)
     """Every request that was scheduled, by rank."""
-    in_flight_at_recv: list[int] = field(default_factory=list)
+    moments: list[Moment] = field(default_factory=list)
+    """How things stood when each iteration began."""
 
     def streams(self) -> dict[str, list[int]]:
         return {rid: output.output_ids.tolist() for rid, output in self.outputs.items()}
@@ -194,7 +222,8 @@ def run(
     prove: bool = True,
     seed: int = 0,
     key_of: Callable[[str], int] | None = None,
-    before: Callable[[Scheduler, Watched], None] | None = None,
+    before: Callable[[Scheduler, Any], None] | None = None,
+    leap: bool = False,
 ) -> Outcome:
     """Run ``jobs`` to the end; ``prove``: and hold the outcome to everything that ``proven`` lists."""
     recorder = Recorder()
@@ -211,10 +240,11 @@ def run(
     )
     workload = Jobs(jobs, answer)
     oracle = Oracle(seed, VOCABULARY, scheduler.memory.slots.count, key_of)
-    in_flight: list[int] = []
+    moments: list[Moment] = []
 
     def watch(runtime: Watched, block: bool, early: bool) -> None:
-        in_flight.append(len(scheduler.in_flight))
+        states = {rid: state_of(scheduler, request) for rid, request in scheduler.requests.items()}
+        moments.append(Moment(scheduler.steps, len(scheduler.in_flight), runtime.traffic.open, states))
         if not config.rules.can_stall and strategy is None:
             live(runtime, block, early)
 
@@ -267,7 +297,7 @@ def run(
         seed=seed,
         first_tokens=len(first_tokens),
         requests=requests,
-        in_flight_at_recv=in_flight,
+        moments=moments,
     )
     if prove:
         proven(outcome, key_of)
