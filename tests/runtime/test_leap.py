@@ -1,0 +1,76 @@
+"""The decode leap changes nothing but the time a simulation takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from testbed import Run, load_scenario, simulate
+
+ENGINES: list[dict[str, Any]] = [
+    {},
+    {"page_size": 16},
+    {"preset": "sglang-0.5.1"},
+    {"preset": "sglang-0.5.1", "page_size": 16},
+    {"preset": "vllm-v1", "kv_tokens": 20_000},
+    {"batching": "stall_free"},
+    {"batching": "mixed_chunk", "chunked_prefill_size": 128},
+    {"batching": "static"},
+    {"kv_tokens": 4_000},
+    {"kv_tokens": 4_000, "preset": "sglang-0.5.1"},
+    {"kv_tokens": 4_000, "page_size": 64},
+    {"prefix_cache": "chunk", "policy": "lof"},
+    {"cuda_graph": False},
+]
+
+
+def run(engine: dict[str, Any], loop: str, max_new_tokens: Any, host: str, leap: bool) -> Run:
+    scenario = {
+        "model": "qwen3-0.6b",
+        "host": host,
+        "engine": {**engine, "loop": loop},
+        "workload": {
+            "arrivals": {"kind": "poisson", "rate_per_s": 12},
+            "lengths": {"prompt_tokens": 300, "output_tokens": {"kind": "uniform", "low": 1, "high": 260}},
+            "count": 60,
+            "max_new_tokens": max_new_tokens,
+        },
+    }
+    return simulate(load_scenario(scenario).scenario, leap=leap)
+
+
+def differences(one: Run, other: Run) -> list[str]:
+    """Names of the columns that are not equal to the byte."""
+    found = [] if one.records.decisions == other.records.decisions else ["decisions"]
+    if not np.array_equal(one.records.token_times_ns, other.records.token_times_ns):
+        found.append("token_times_ns")
+    for part in ("requests", "steps", "spans"):
+        left, right = getattr(one.records, part), getattr(other.records, part)
+        assert list(left) == list(right)
+        found += [f"{part}.{name}" for name in left if not np.array_equal(left[name], right[name])]
+    return found
+
+
+@pytest.mark.parametrize("loop", ["normal", "overlap"])
+@pytest.mark.parametrize("max_new_tokens", ["output", 512])
+@pytest.mark.parametrize("engine", ENGINES, ids=[",".join(map(str, engine.values())) or "default" for engine in ENGINES])
+def test_records_are_the_same_to_the_byte(engine: dict[str, Any], max_new_tokens: Any, loop: str) -> None:
+    leaping = run(engine, loop, max_new_tokens, "sglang-0.5", leap=True)
+    walking = run(engine, loop, max_new_tokens, "sglang-0.5", leap=False)
+    assert differences(leaping, walking) == []
+
+
+@pytest.mark.parametrize("host", ["none", "vllm-v0", "testbed"])
+@pytest.mark.parametrize("loop", ["normal", "overlap"])
+def test_whatever_the_host(loop: str, host: str) -> None:
+    assert differences(run({}, loop, "output", host, leap=True), run({}, loop, "output", host, leap=False)) == []
+
+
+def test_leaps_do_happen() -> None:
+    """Each leap is one totals check, each single step is one: far fewer checks than steps mean long leaps."""
+    leaping = run({}, "overlap", "output", "sglang-0.5", leap=True).records.counters
+    walking = run({}, "overlap", "output", "sglang-0.5", leap=False).records.counters
+    assert leaping["steps"] == walking["steps"]
+    assert leaping["check_pages"] < 0.5 * walking["check_pages"]
