@@ -150,7 +150,8 @@ class Leaper:
             batch.decided = (rows, 0, int(free_tokens[-1]), self._memory.cache.evictable_tokens)
             last = int(begin[-1]), int(start[-1]), int(end[-1]), bool(graph[-1])
             runtime.replace_last_result(StepResult(tokens[-1], (), *last))
-        scheduler.invariants.pages()
+        recorder.count("leaps")
+        recorder.count("steps_leapt", steps)
         if scheduler.on_step is not None:
             scheduler.on_step()
 
@@ -164,6 +165,7 @@ class Leaper:
             memory.owned_pages += len(taken)
             pages.append(taken)
             free[step] = memory.allocator.free_pages
+            self._scheduler.invariants.pages()
         return pages, free * memory.page_size
 
     def _decay(self, steps: int) -> list[float]:

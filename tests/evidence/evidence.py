@@ -24,7 +24,8 @@ class Evidence:
 def commit_page(folder: str, title: str, line: str, evidence: Evidence) -> Path:
     """Write a long result to ``reports/FOLDER/README.md``, with its command, commit and date; returns the path."""
     root = Path(__file__).resolve().parents[2]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, cwd=root, capture_output=True, text=True, check=False)
     page = root / "reports" / folder / "README.md"
     page.parent.mkdir(parents=True, exist_ok=True)
     body = "\n".join(evidence.details)

@@ -28,7 +28,8 @@ def check(smoke: bool) -> Evidence:
     with tempfile.TemporaryDirectory() as folder:
         clone = Path(folder) / "testbed"
         subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("VIRTUAL_ENV", "PYTHON"))}
+        ours = ("VIRTUAL_ENV", "PYTHON")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         begin = time.monotonic()
         ended = subprocess.run(
             ["bash", "-c", command], cwd=clone, env=environment, capture_output=True, text=True, check=False

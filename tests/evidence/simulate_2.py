@@ -76,7 +76,8 @@ def check(smoke: bool) -> Evidence:
     failures = 0
     for trace, engine in TRACES.items():
         for loop in ("normal", "overlap"):
-            for checks, pool, limit in (("delta", engine, 300 if smoke else None), ("full", SMALL_POOL, 40 if smoke else 150)):
+            sizes = (("delta", engine, 300 if smoke else None), ("full", SMALL_POOL, 40 if smoke else 150))
+            for checks, pool, limit in sizes:
                 if checks == "full" and trace.startswith("mooncake"):
                     pool = {**pool, "kv_tokens": 400_000}
                 found = in_a_process(scenario(trace, loop, pool, limit), checks)
