@@ -93,13 +93,13 @@ def _report(runs: list[tuple[Path, Any]], *, compared: bool, report: bool, trace
 
         comparison = compare([run for _, run in runs])
         print(comparison.table(), flush=True)
-        if report:
-            folder = runs[0][0].parent / "comparison"
-            print(f"\nreport: {comparison.save(folder) / 'compare.html'}", flush=True)
-    elif report:
+        folder = comparison.save(runs[0][0].parent / "comparison")
+    else:
+        folder = runs[0][0]
+    if report:
         from testbed.report import write_report
 
-        print(f"report: {write_report(runs[0][1], runs[0][0])}", flush=True)
+        print(f"\nreport: {write_report([run for _, run in runs], folder)}", flush=True)
     if trace:
         from testbed.report import write_trace
 

@@ -72,13 +72,9 @@ def number(value: float) -> str:
     """A figure for a person: integers whole, others with two decimals, ``-`` where undefined."""
     if math.isnan(value):
         return "-"
-    return (
-        f"{value:d}"
-        if isinstance(value, int)
-        else f"{value:.2f}"
-        if abs(value) >= 0.01 or not value
-        else f"{value:.2g}"
-    )
+    if isinstance(value, int):
+        return f"{value:d}"
+    return f"{value:.4f}" if 1e-4 <= abs(value) < 0.1 else f"{value:.2f}"
 
 
 _OVERALL = (

@@ -65,23 +65,24 @@ class Comparison:
         return pd.DataFrame(rows)
 
     def table(self, metrics: Sequence[str] = HEADLINE) -> str:
-        """Text: a row a figure, a column a run; below each value of a variant, difference, interval and mark."""
+        """Text: a row a figure; a column a run, and beside each variant its difference to the baseline, with interval
+        and mark."""
         by_metric: dict[str, list[Figure]] = {}
         for figure in self.figures:
             if figure.metric in metrics:
                 by_metric.setdefault(figure.metric, []).append(figure)
-        shown = {metric: row for metric, row in by_metric.items() if not all(np.isnan(cell.value) for cell in row)}
-        cells = [["", *self.names]]
-        for metric in sorted(shown, key=list(metrics).index):
-            cells.append([metric, *(number(figure.value) for figure in shown[metric])])
-            if any(figure.difference for figure in shown[metric]):
-                cells.append(["", *(_difference(figure) for figure in shown[metric])])
-        widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+        rows = [["", *(cell for name in self.names for cell in (name, "difference"))]]
+        for metric in sorted(by_metric, key=list(metrics).index):
+            figures = by_metric[metric]
+            if not all(np.isnan(figure.value) for figure in figures):
+                cells = (cell for figure in figures for cell in (number(figure.value), _difference(figure)))
+                rows.append([metric, *cells])
+        baseline = 2 + 2 * self.baseline  # its own difference
+        rows = [row[:baseline] + row[baseline + 1 :] for row in rows]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = [
-            "  ".join(
-                [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-            )
-            for row in cells
+            "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+            for row in rows
         ]
         how = "paired: all runs had the same requests" if self.paired else "not all paired: requests differ"
         legend = f"latencies: + better, - worse, ~ difference within its 95 % interval; {how}"
@@ -118,7 +119,9 @@ def compare(runs: Sequence[Run], baseline: int = 0) -> Comparison:
 def _difference(figure: Figure) -> str:
     if figure.is_baseline:
         return ""
-    sign = _MARKS.get(figure.verdict, "")
+    if not figure.difference:
+        return ""
+    sign = _MARKS.get(figure.verdict, " ")
     low, high = figure.difference_interval or (np.nan, np.nan)
     bounds = "" if np.isnan(low) else f" [{low:+.3g}, {high:+.3g}]"
     return f"{figure.difference:+.3g}{bounds} {sign}"
