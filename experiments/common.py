@@ -5,16 +5,30 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 
+from testbed import load_scenario, simulate
+from testbed.metrics.run import Run
+
 ROOT = Path(__file__).parent.parent
 DATE = "2026-11-21"
 """When the committed results were made."""
+
+
+def variants(scenario: Path, *overrides: str) -> dict[str, Run]:
+    """Simulate every variant of a scenario file, with ``field=value`` overrides."""
+    return {name: simulate(each) for name, each in load_scenario(scenario, overrides).variants.items()}
+
+
+def figures_of(run: Run, keys: Sequence[str]) -> dict[str, float]:
+    """The aggregates with these keys (``docs/metrics.md`` defines them)."""
+    found = run.aggregates()
+    return {key: float(found[key]) for key in keys}
 
 
 def provenance(folder: Path, seed: int | str, device: str, host: str) -> dict[str, str]:
