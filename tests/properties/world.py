@@ -279,6 +279,8 @@ def run(
     else:
         profile = constant_host(host) if isinstance(host, int) else load_host(host) if isinstance(host, str) else host
         runtime = WatchedVirtual(**shared, host=profile)
+        if leap:
+            runtime.leap = Leaper(scheduler, runtime).try_leap
         runtime.prepare(scheduler, script or {}, watch)
         if before:
             before(scheduler, runtime)
