@@ -24,9 +24,7 @@ class Patient:
 
     def _worth_a_stall(self, scheduler):
         waiting = scheduler.waiting
-        if scheduler.chunked is not None:  # a prompt half computed holds memory
-            return True
-        if len(waiting) >= self.enough:
+        if scheduler.chunked is not None or len(waiting) >= self.enough:  # half a prompt holds memory for nothing
             return True
         return bool(waiting) and scheduler.now_ns - waiting[0].queued_ns >= self.patience_ns
 
