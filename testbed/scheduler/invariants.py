@@ -12,7 +12,7 @@ import numpy as np
 
 from testbed.batch import Batch, ForwardMode
 from testbed.memory import Node
-from testbed.request import NEVER, Request
+from testbed.request import NEVER, NO_PAGES, Request
 
 if TYPE_CHECKING:
     from testbed.scheduler.scheduler import Scheduler
@@ -156,16 +156,21 @@ class Invariants:
 
     def _locks(self, holders: list[Request], nodes: list[Node]) -> None:
         """A node's lock count is the number of holders whose path passes through it; sizes equal their recount."""
-        cache = self._scheduler.memory.cache
+        memory = self._scheduler.memory
+        cache = memory.cache
         expected: dict[Node, int] = {}
         for request in holders:
-            node, depth = request.last_node, 0
+            node, depth, path = request.last_node, 0, [NO_PAGES]
             while isinstance(node, Node) and node.parent is not None:
                 expected[node] = expected.get(node, 0) + 1
                 depth += len(node.tokens)
+                path.append(node.pages)
                 node = node.parent
             if not cache.disabled:
                 self._require(depth == request.prefix_tokens, "full", f"{request.rid}: prefix is not its locked path")
+                table = memory.slots.pages[request.slot, : depth // memory.page_size]
+                same = np.array_equal(table, np.concatenate(path[::-1]))
+                self._require(same, "full", f"{request.rid}: its page table does not name its locked path's pages")
         evictable = protected = 0
         page_size = cache.page_size
         for node in nodes:

@@ -336,7 +336,7 @@ def right_tokens(outcome: Outcome, key_of: Callable[[str], int] | None = None) -
         assert output.prompt_tokens == job.prompt_tokens
         row = at[job.rid]
         times = outcome.records.token_times_ns[offsets[row] : offsets[row + 1]]
-        assert len(times) == len(output.output_ids) == outcome.column("output_tokens")[row], job.rid
+        assert len(times) == len(output.output_ids) == outcome.column("output_tokens")[row], f"{job.rid}: token times"
         assert (np.diff(times) >= 0).all()
         if output.status != 200:
             assert output.message
@@ -351,10 +351,11 @@ def right_tokens(outcome: Outcome, key_of: Callable[[str], int] | None = None) -
 def drained(scheduler: Scheduler) -> None:
     """Nothing is left: queues, pages, slots, locks."""
     memory = scheduler.memory
-    assert scheduler.idle and not scheduler.running.requests[: -scheduler.running.finished_rows or None]
-    assert memory.allocator.free_pages + memory.cache.evictable_tokens // memory.page_size == memory.allocator.num_pages
-    assert memory.cache.protected_tokens == memory.owned_pages == memory.allocator.quarantined_pages == 0
-    assert memory.slots.available == memory.slots.count
+    assert scheduler.idle and len(scheduler.running) == scheduler.running.finished_rows, "not drained"
+    cached = memory.cache.evictable_tokens // memory.page_size
+    assert memory.allocator.free_pages + cached == memory.allocator.num_pages, "not drained: pages"
+    assert memory.cache.protected_tokens == memory.owned_pages == memory.allocator.quarantined_pages == 0, "not drained"
+    assert memory.slots.available == memory.slots.count, "not drained: slots"
     scheduler.invariants.full()
 
 
@@ -371,7 +372,7 @@ def work_adds_up(outcome: Outcome) -> None:
     again after a retraction."""
     sent = sum(len(output.output_ids) for output in outcome.sent)
     decoded = int(outcome.records.steps["decode_rows"].sum() - outcome.records.steps["extra_rows"].sum())  # type: ignore[union-attr]
-    assert decoded + outcome.first_tokens == sent
+    assert decoded + outcome.first_tokens == sent, "work does not add up"
 
 
 def burst(count: int, prompt: int = 8, outputs: int = 4, **fields: Any) -> list[Job]:
