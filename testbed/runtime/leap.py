@@ -134,7 +134,7 @@ class Leaper:
         }
         recorder.steps_at_once(records, ratios, done)
         recorder.advance_times.frombytes(sent.tobytes())
-        self._record_spans(times, sent)
+        self._record_spans(times)
         scheduler.decision_log.append_decodes(rows, pages)
         scheduler.steps += steps
         scheduler.now_ns = int(now[-1])
@@ -176,25 +176,20 @@ class Leaper:
             ratios.append(scheduler.new_token_ratio)
         return ratios
 
-    def _record_spans(self, times: NDArray[np.int64], sent: NDArray[np.int64]) -> None:
+    def _record_spans(self, times: NDArray[np.int64]) -> None:
         """The host spans of all steps; a stage that costs nothing has none."""
-        now, begin, launched, sampled, resumed = times.T[:5]
-        receive, schedule, _, wait, process, _ = self._stages
-        edges = [
-            (Stage.RECEIVE, now, now + receive),
-            (Stage.SCHEDULE, now + receive, now + receive + schedule),
-            (Stage.PREPARE, now + receive + schedule, begin),
-            (Stage.LAUNCH, begin, launched),
-            (Stage.SAMPLE, launched, sampled),
-            (Stage.WAIT, resumed, resumed + wait),
-            (Stage.PROCESS, resumed + wait, resumed + wait + process),
-            (Stage.SEND, resumed + wait + process, sent),
-        ]
-        edges = [edge for edge in edges if edge[1][0] < edge[2][0]]
-        spans = np.empty((len(times), len(edges), 4), dtype=np.int64)
-        launches, processed = self._runtime.launches, self._runtime.processed
-        for place, (stage, left, right) in enumerate(edges):
-            base = launches if stage < Stage.WAIT else processed
-            spans[:, place, 0], spans[:, place, 1] = stage, np.arange(base, base + len(times))
-            spans[:, place, 2], spans[:, place, 3] = left, right
-        self._scheduler.recorder.spans_at_once(spans)
+        now, begin, launched, sampled, resumed = times[:, :5].T
+        receive, schedule, prepare, wait, process, send = self._stages
+        spans = np.empty((len(times), 8, 4), dtype=np.int64)
+        spans[:, :, 0] = np.arange(8)
+        launches = np.arange(self._runtime.launches, self._runtime.launches + len(times))
+        spans[:, : Stage.WAIT, 1] = launches[:, None]
+        spans[:, Stage.WAIT :, 1] = launches[:, None] - (self._runtime.launches - self._runtime.processed)
+        # Before the launch and after the result the stages follow one another; their ends are running sums.
+        spans[:, : Stage.LAUNCH, 3] = now[:, None] + np.cumsum((receive, schedule, prepare))
+        spans[:, Stage.LAUNCH, 3], spans[:, Stage.SAMPLE, 3] = launched, sampled
+        spans[:, Stage.WAIT :, 3] = resumed[:, None] + np.cumsum((wait, process, send))
+        spans[:, 1:, 2] = spans[:, :-1, 3]
+        spans[:, Stage.RECEIVE, 2], spans[:, Stage.LAUNCH, 2], spans[:, Stage.WAIT, 2] = now, begin, resumed
+        lasting = spans[0, :, 2] < spans[0, :, 3]
+        self._scheduler.recorder.spans_at_once(spans if lasting.all() else spans[:, lasting])

@@ -13,7 +13,7 @@ from testbed.tokens import STEP, oracle_key, scale
 from testbed.workload.base import TimedRequest
 
 FAR = 1 << 62
-BLOCK = 8
+BLOCK = 4
 
 
 class Oracle:
