@@ -1,4 +1,4 @@
-"""When a loop cannot go on: deadlocks say where it waits, exceptions arrive as they are, a forgotten await is a failure."""
+"""When a loop cannot go on: deadlocks say where it waits, exceptions arrive as they are, lost awaits are failures."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_exceptions_arrive_with_their_own_type_and_message(paced: bool) -> None:
         await context.recv_requests(block=True)
         raise Broken(7, "text")
 
-    with pytest.raises(Broken, match="^7 and text$") as caught:
+    with pytest.raises(Broken, match=r"^7 and text$") as caught:
         run(engine(), [Job("r")], loop=loop, paced=paced)
     assert caught.value.one == 7 and caught.traceback[-1].name == "loop"
 

@@ -15,8 +15,8 @@ QUIET = settings(deadline=None, suppress_health_check=list(HealthCheck), max_exa
 
 
 def discarded(outcome: Outcome) -> int:
-    """Decode rows that computed a token nobody got, counted from batches and streams alone: a row's token is sent unless
-    the request had all its tokens, or computed the same token again after a retraction."""
+    """Rows that computed a token nobody got, counted from batches and streams alone: a row's token is sent unless the
+    request had all its tokens, or computed the same one again after a retraction."""
     computed: dict[str, list[int]] = {}
     for batch, _ in outcome.batches:
         for request, length in zip(batch.decodes, batch.seq_lens.tolist(), strict=True):
@@ -68,8 +68,8 @@ def test_one_extra_row_for_every_end(batching: str, page_size: int) -> None:
 @pytest.mark.parametrize("steps", [1, 2, 10, 50])
 @pytest.mark.parametrize(("host_ns", "gpu_ns"), [(10, 100), (100, 100), (100, 10), (0, 50), (50, 0)])
 def test_makespan(steps: int, host_ns: int, gpu_ns: int) -> None:
-    """Of N steps with c on the host an iteration and g on the device: N (c + g) in turns, c + N max(c, g) overlapped. (All
-    host time is before the launch here, so nothing trails; the step decoded for nothing never delays the last token.)"""
+    """Of N steps with c on the host an iteration and g on the device: N (c + g) in turns, c + N max(c, g) overlapped.
+    All host time is before the launch here, so nothing trails; the step decoded for nothing delays no token."""
     device = ConstantDevice(prefill_ns=gpu_ns, decode_ns=gpu_ns)
     job = [Job("r", outputs=steps, iteration=0)]
     normal, overlap = (run(engine(loop=loop), job, device=device, host=host_ns).makespan_ns() for loop in LOOPS)

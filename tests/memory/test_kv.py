@@ -197,7 +197,7 @@ def test_whole_need_or_shortfall() -> None:
     freed = []
     for whole in (False, True):
         memory = KvMemory(10, page_size=1, slots=2, context_tokens=100, evict_whole_need=whole)
-        for start in range(0, 8):
+        for start in range(8):
             memory.cache.insert(np.array([start], np.int32), memory.allocator.alloc(1))
         freed.append(memory.make_room(4))
     assert freed == [2, 4]

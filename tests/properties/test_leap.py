@@ -38,8 +38,6 @@ def test_records_are_the_same(world: Any, host: int, data: st.DataObject) -> Non
 
 
 def test_leaps_happen() -> None:
-    outcomes = [
-        run(engine(), [Job("r", outputs=500)], host=700, checks="delta", leap=leap) for leap in (True, False)
-    ]
+    outcomes = [run(engine(), [Job("r", outputs=500)], host=700, checks="delta", leap=leap) for leap in (True, False)]
     assert outcomes[0].iterations < 0.2 * outcomes[1].iterations
     same(*outcomes)

@@ -34,7 +34,10 @@ def battery() -> None:
             fields: dict[str, Any] = {"loop": loop, "page_size": page_size, "chunked_prefill_size": 16}
             run(engine(max_running_requests=3, **fields), shared, kv_tokens=kv_tokens)
             run(engine(clip_max_new_tokens=1, **fields), pressed, kv_tokens=kv_tokens)
-            run(engine(batching="mixed_chunk", rules={"over_allocated": "free_at_result"}, **fields), [*shared, *pressed])
+            run(
+                engine(batching="mixed_chunk", rules={"over_allocated": "free_at_result"}, **fields),
+                [*shared, *pressed],
+            )
         same = [Job(f"d{i}", (("same", 20),), 6) for i in range(4)]
         run(engine(loop=loop), same, kv_tokens=120)
         chunked = [Job("long", (("l", 60),), 5, iteration=0), Job("other", iteration=1)]
@@ -58,7 +61,7 @@ def around(patch: Patch, owner: Any, name: str, replacement: Callable[..., Any])
     patch.setattr(owner, name, lambda self, *args, **kwargs: replacement(original, self, *args, **kwargs))
 
 
-# -- memory -------------------------------------------------------------------------------------------------------
+# -- memory --------------------------------------------------------------------------------
 
 
 def forgets_to_free_duplicates(patch: Patch) -> None:
@@ -139,7 +142,7 @@ def drops_without_freeing(patch: Patch) -> None:
     around(patch, KvMemory, "drop", drop)
 
 
-# -- decisions ----------------------------------------------------------------------------------------------------
+# -- decisions --------------------------------------------------------------------------------
 
 
 def latches_full(patch: Patch) -> None:
@@ -164,7 +167,9 @@ def skips_the_filter(patch: Patch) -> None:
 
 
 def calls_every_chunk_the_last(patch: Patch) -> None:
-    def select(original: Any, self: PrefillAdder, request: Any, prefix: int, new: int, last: bool, reserve: int) -> None:
+    def select(
+        original: Any, self: PrefillAdder, request: Any, prefix: int, new: int, last: bool, reserve: int
+    ) -> None:
         original(self, request, prefix, new, True, reserve)
 
     around(patch, PrefillAdder, "_select", select)
@@ -224,7 +229,7 @@ def deals_the_wrong_row(patch: Patch) -> None:
     around(patch, RunningBatch, "commit", commit)
 
 
-# -- ends -----------------------------------------------------------------------------------------------------------
+# -- ends --------------------------------------------------------------------------------
 
 
 def ends_one_token_late(patch: Patch) -> None:

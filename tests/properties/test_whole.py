@@ -60,7 +60,7 @@ def test_sglang_rules_without_the_stall_serve_everybody(world: World) -> None:
     served(world.twin(rules=rules))
 
 
-# -- twins: what changes times, never tokens ----------------------------------------------------------------------
+# -- twins: what changes times, never tokens ------------------------------------------------------------
 
 
 @QUIET
@@ -95,7 +95,10 @@ def test_retraction_never_changes_tokens(loop: str, batching: str, page_size: in
 @QUIET
 @given(worlds(), st.integers(1, 10**12))
 def test_a_later_start_shifts_every_time(world: World, shift_ns: int) -> None:
-    now, later = served(world), served(world._replace(jobs=[j._replace(arrival_ns=j.arrival_ns + shift_ns) for j in world.jobs]))
+    now, later = (
+        served(world),
+        served(world._replace(jobs=[j._replace(arrival_ns=j.arrival_ns + shift_ns) for j in world.jobs])),
+    )
     durations = ("queue_ns", "prefill_ns", "decode_ns", "retracted_ns", "transfer_ns")
     for name, column in requests_of(now).items():
         by = 0 if name in durations else shift_ns
@@ -179,7 +182,7 @@ def test_work_adds_up_after_retractions() -> None:
         assert computed == first + again
 
 
-# -- closed forms ---------------------------------------------------------------------------------------------------
+# -- closed forms ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loop", LOOPS)

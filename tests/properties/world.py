@@ -306,7 +306,7 @@ def run(
     return outcome
 
 
-# -- what every run must satisfy --------------------------------------------------------------------------------------
+# -- what every run must satisfy --------------------------------------------------------------------------------
 
 
 def proven(outcome: Outcome, key_of: Callable[[str], int] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The wall clock over a modelled device: the same decisions and tokens as in virtual time, and time that really passes."""
+"""The wall clock over a modelled device: decisions and tokens as in virtual time, and time that really passes."""
 
 from __future__ import annotations
 

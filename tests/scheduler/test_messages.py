@@ -59,7 +59,10 @@ def test_abort_of_each_request_at_every_iteration(name: str, loop: str) -> None:
     plain = small(scene(name, loop))
     for at in range(plain.iterations):
         for target in ("r1", "r10", "r2", "r3"):
-            script = {at: [AbortRequest(target), AbortRequest(target), AbortRequest("r")], at + 1: [AbortRequest(target)]}
+            script = {
+                at: [AbortRequest(target), AbortRequest(target), AbortRequest("r")],
+                at + 1: [AbortRequest(target)],
+            }
             outcome = small(scene(name, loop), script=script)
             state = outcome.moments[at].states.get(target)
             if state is not None:
@@ -115,7 +118,7 @@ def test_stop_and_abort_in_one_iteration(loop: str) -> None:
         assert outcome.outputs["r"].finish_reason in ("abort", "stop")
 
 
-# -- flush ------------------------------------------------------------------------------------------------------------
+# -- flush --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loop", LOOPS)
@@ -142,7 +145,7 @@ def test_a_flush_empties_the_cache() -> None:
     assert cold.controls[0].success
 
 
-# -- ids --------------------------------------------------------------------------------------------------------------
+# -- ids --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loop", LOOPS)
@@ -178,7 +181,7 @@ def test_any_string_is_an_id(rid: str) -> None:
     run(engine(), [Job(rid), Job("other")])
 
 
-# -- settings ---------------------------------------------------------------------------------------------------------
+# -- settings --------------------------------------------------------------------------------
 
 
 def scheduler(**fields: Any) -> Scheduler:
@@ -274,7 +277,7 @@ def test_a_batch_is_its_requests_one_by_one() -> None:
     assert batch.records.decisions == singles.records.decisions
 
 
-# -- limits -----------------------------------------------------------------------------------------------------------
+# -- limits --------------------------------------------------------------------------------
 
 
 def test_a_full_queue_refuses_with_503() -> None:

@@ -32,7 +32,7 @@ def cache(target: Scheduler, tokens: list[int], extra_key: str = "") -> None:
     target.cache.insert(np.array(tokens, np.int32), pages, extra_key)
 
 
-# -- the estimate of output ---------------------------------------------------------------------------------------------
+# -- the estimate of output --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_ratio_formula(generated: list[int], ratio: float) -> None:
     assert target.new_token_ratio == pytest.approx(ratio)
 
 
-# -- pages ----------------------------------------------------------------------------------------------------------------
+# -- pages --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loop", ["normal", "overlap"])
@@ -112,7 +112,7 @@ def test_length_of_the_first_chunk(align: str, first: int) -> None:
     assert outcome.batches[0][0].prefills[0].new_tokens == first
 
 
-# -- budgets ----------------------------------------------------------------------------------------------------------------
+# -- budgets --------------------------------------------------------------------------------
 
 
 def test_mixed_rows_lower_both_budgets() -> None:
@@ -144,7 +144,7 @@ def test_a_prompt_beyond_the_prefill_budget_goes_alone() -> None:
     assert [len(batch.prefills) for batch, _ in outcome.batches if batch.prefills] == [1, 1, 1]
 
 
-# -- policies ---------------------------------------------------------------------------------------------------------------
+# -- policies --------------------------------------------------------------------------------
 
 
 def order(waiting: list[Request]) -> list[int]:
@@ -222,9 +222,7 @@ def test_lof_and_priorities() -> None:
 
 def test_a_random_order_depends_on_seed_and_step_alone() -> None:
     def shuffled(seed: int) -> list[int]:
-        target = Scheduler(
-            engine(policy="random"), kv_tokens=500, context_length=500, vocab_size=VOCABULARY, seed=seed
-        )
+        target = Scheduler(engine(policy="random"), kv_tokens=500, context_length=500, vocab_size=VOCABULARY, seed=seed)
         enqueue(target, *[[i] for i in range(20)])
         target.policy(target.waiting, target)
         return order(target.waiting)
@@ -238,7 +236,7 @@ def test_cache_aware_policies_are_fcfs_without_a_cache(policy: str) -> None:
     assert scheduler(policy=policy, prefix_cache="chunk").policy is first_come
 
 
-# -- retraction ---------------------------------------------------------------------------------------------------------------
+# -- retraction --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("rule", "victim"), [("fewest_outputs", "long"), ("newest", "short")])

@@ -1,4 +1,4 @@
-"""Step for step what SGLang decided, in every recorded case: batch kind, order, lengths, prefixes, retractions, memory."""
+"""Step for step what SGLang decided, in every recorded case: kind, order, lengths, prefixes, retractions, memory."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_comparison_sees_a_changed_field(field: str) -> None:
     changed = copy.deepcopy(ours.steps)
     step = next(step for step in changed if step.get(field))
     value = step[field]
-    step[field] = value + ["x"] if isinstance(value, list) else value + "x" if isinstance(value, str) else value + 1
+    step[field] = [*value, "x"] if isinstance(value, list) else value + "x" if isinstance(value, str) else value + 1
     difference = first_difference(case, changed)
     assert difference is not None and field in difference
 
