@@ -53,9 +53,10 @@ def _text(known: pd.DataFrame, paced: pd.DataFrame, off: list[float]) -> list[st
         "![Map of the gain over c and g](map.png)",
         "",
         f"A gain of 20 to 40 % needs c/g between 0.2 and 0.4 (or 2.5 and 5). Of the {len(known)} combinations of host,",
-        f"model and batch on the map {len(claimed)} gain that much: "
-        + ", ".join(f"{row.host} / {row.model} / {row.batch:g}" for row in claimed.itertuples())
-        + ".",
+        f"model and batch on the map {len(claimed)} gain that much:",
+        "",
+        *(f"- {row.host}, {row.model}, batch {row.batch:g}: {row.simulated:.0%}" for row in claimed.itertuples()),
+        "",
         f"SGLang's host gains {_range(known, 'sglang-0.5', 'llama-3.1-8b')} with the 8B model and",
         f"{_range(known, 'sglang-0.5', 'qwen3-0.6b')} with 0.6B: a claim of 20 to 40 % holds for small models and",
         "slower hosts, not in general.",
@@ -84,7 +85,8 @@ def _text(known: pd.DataFrame, paced: pd.DataFrame, off: list[float]) -> list[st
 
 def _range(known: pd.DataFrame, host: str, model: str) -> str:
     gains = known[(known["host"] == host) & (known["model"] == model)]["simulated"] * 100
-    return f"{gains.min():.0f} to {gains.max():.0f} %"
+    low, high = round(gains.min()), round(gains.max())
+    return f"{low} %" if low == high else f"{low} to {high} %"
 
 
 def _curve(swept: pd.DataFrame, known: pd.DataFrame, paced: pd.DataFrame) -> Figure:

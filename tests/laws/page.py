@@ -77,7 +77,7 @@ def _text(checks: Sequence[Check], sizes: Sequence[tuple[str, int, int]], exact:
         "A device of constant times and a host that costs nothing make the simulator a queue of the textbook. Each law",
         "is compared with its closed form (sources: `tests/laws/queues.py`); intervals are 99 %, by batch means.",
         "",
-        f"**{len(checks) - len(outside)} of {len(checks)} checks hold**, over {customers:,} simulated customers. Of",
+        f"**{len(checks) - len(outside)} of {len(checks)} checks hold**, over more than {customers:,} customers. Of",
         f"the {statistical} checks that are statistical, one in a hundred is expected to fail by chance.",
         "",
         *source_table("simulate.5", "0, 1, 2, ... as many as runs", "constant times", "`none`"),
