@@ -72,6 +72,7 @@ class Batch:
     # Defaults live on the class: most steps are pure decodes and set only a few of these (0.5 us a step).
     prefills: Sequence[Prefill] = ()
     decodes: Sequence[Request] = ()
+    ranks: NDArray[np.int64] = NO_ROWS
     slots: NDArray[np.int64] = NO_ROWS
     start: NDArray[np.int64] = NO_ROWS
     finish_at: NDArray[np.int64] = NO_ROWS

@@ -80,11 +80,13 @@ class Oracle:
         """
         self._rows = batch.decodes
         self._states = self._keys[batch.slots] + batch.start.astype(np.uint64) * np.uint64(STEP)
+        self._next_end, self._block_from = FAR, FAR
         stop_at = self._stop_at
+        if not stop_at:
+            return
         ends = [r.joined + stop_at[r.rid] - r.old_outputs if r.rid in stop_at else FAR for r in batch.decodes]
         self._ends = np.array(ends, dtype=np.int64)
         self._next_end = int(self._ends.min())
-        self._block_from = FAR
 
     def _prefill_states(self, batch: Batch) -> NDArray[np.uint64]:
         """States of the first tokens. A slot's key is shifted, so that a token depends on its place in the sequence."""

@@ -57,7 +57,7 @@ class DecisionLog:
             parts = [(p.request.rank, p.prefix_tokens, p.new_tokens) for p in batch.prefills]
             data += np.array(parts, dtype="<u4").tobytes()
         if rows and not same:
-            data += np.array([request.rank for request in decodes], dtype="<u4").tobytes()
+            data += batch.ranks.astype("<u4").tobytes()
             self._rows = decodes
         if batch.retracted:
             data += np.array([request.rank for request in batch.retracted], dtype="<u4").tobytes()

@@ -41,15 +41,15 @@ class RunningBatch:
         self.finished_rows = 0
         """Rows whose request has ended and that the next filter drops."""
         self.requests: list[Request] = []
-        self._set_columns(np.empty((4, 0), dtype=np.int64))
+        self._set_columns(np.empty((5, 0), dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.requests)
 
     def _set_columns(self, columns: NDArray[np.int64]) -> None:
-        """``columns``: int64 [4, n], one row a column, so that a change of membership is one operation."""
+        """``columns``: int64 [5, n], one row a column, so that a change of membership is one operation."""
         self._columns = columns
-        self.slots, self.start, self.finish_at, self.output_base = columns
+        self.slots, self.start, self.finish_at, self.output_base, self.ranks = columns
         rows = columns.shape[1]
         self._start_sum = int(self.start.sum()) if rows else 0
         self._start_max = int(self.start.max()) if rows else 0
@@ -79,7 +79,7 @@ class RunningBatch:
         advance, stride = self.advance, self._tables.output_stride
         # The prefill yields one token, so max_new_tokens - 1 decodes remain; earlier outputs count after a retraction.
         rows = [
-            (r.slot, len(r.fill_ids) - advance, advance + r.max_new_tokens - r.old_outputs - 1, r.slot * stride)
+            (r.slot, len(r.fill_ids) - advance, advance + r.max_new_tokens - r.old_outputs - 1, r.slot * stride, r.rank)
             for r in requests
         ]
         joining = np.array(rows, dtype=np.int64).T
@@ -111,7 +111,16 @@ class RunningBatch:
         """Drop the rows of ended requests; whether there were any."""
         if not self.finished_rows:
             return False
-        self.keep([row for row, request in enumerate(self.requests) if request.finish_reason is None])
+        requests = self.requests.copy()
+        staying = np.ones(len(requests), dtype=np.bool_)
+        for row in range(len(requests) - 1, -1, -1):
+            if requests[row].finish_reason is not None:
+                requests[row].in_running = False
+                staying[row] = False
+                del requests[row]
+        self.requests = requests
+        self.finished_rows = 0
+        self._set_columns(self._settled_columns()[:, staying])
         return True
 
     # -- one step -----------------------------------------------------------------------------------------------
@@ -150,6 +159,7 @@ class RunningBatch:
         batch.advance = self.advance
         batch.output_shift = self.advance - self.since
         batch.decodes = self.requests
+        batch.ranks = self.ranks
         batch.slots = self.slots
         batch.start = self.start
         batch.finish_at = self.finish_at
