@@ -1,4 +1,4 @@
-"""Decisions equal those recorded from SGLang's own scheduler, step by step, with every invariant proved at every step."""
+"""Decisions equal those recorded from SGLang's own scheduler, step by step, with all invariants proved at each."""
 
 from __future__ import annotations
 
