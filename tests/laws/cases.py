@@ -374,6 +374,9 @@ def interactive(count: int, seeds: int) -> list[Check]:
         limit = min(users / (1 + think_s * SECOND_NS / SERVICE_NS), 1.0)
         # The last answers have no think time behind them: at most one more request a user than the law has.
         checks.append(Check(law, "throughput * s", limit + users * SERVICE_NS / end.max(), throughput, bound=True))
+        shortest = max(1.0, users - think_s * SECOND_NS / SERVICE_NS)
+        later = sojourns(run)[users:]  # the first of each user found nobody in the system
+        checks.append(Check(law, "-(mean sojourn / s)", -shortest, -float(later.mean()), bound=True))
     users, think = 6, 5.0
     arrivals = {
         "kind": "closed_loop",
