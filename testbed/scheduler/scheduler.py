@@ -187,8 +187,7 @@ class Scheduler:
                 self.chunked = None
             self._release(request)
         self._end(request, FinishReason.ABORT, "aborted", 499)
-        if request.retracted_at_ns != NEVER:
-            request.retracted_ns += self.now_ns - request.retracted_at_ns
+        self._end_pause(request, self.now_ns)
         self.count_extra_rows([request])
         self.recorder.ended(request, len(request.output_ids), self.now_ns)
         self.recorder.count("aborts")
@@ -510,6 +509,7 @@ class Scheduler:
         """End a running request with an error; its output goes out with the next messages."""
         self._release(request)
         self._end(request, FinishReason.ERROR, message, status)
+        self._end_pause(request, self.now_ns)
         self.failed.append(request)
 
     def count_extra_rows(self, ended: list[Request]) -> None:
@@ -537,15 +537,21 @@ class Scheduler:
 
     def _token_sent(self, request: Request, sent_ns: int) -> None:
         """The first token since (re-)admission."""
-        if request.retracted_at_ns != NEVER:
-            pause = sent_ns - request.retracted_at_ns
-            request.retracted_at_ns = NEVER
-            request.retracted_ns += pause
-            if request.first_token_ns == NEVER:
-                request.retracted_before_first_ns += pause
+        self._end_pause(request, sent_ns)
         if request.first_token_ns == NEVER:
             request.first_token_ns = sent_ns
         request.segments.append((-1 - sent_ns, 1))
+
+    @staticmethod
+    def _end_pause(request: Request, now_ns: int) -> None:
+        """The pause of a retracted request ends: with its next token, or with itself."""
+        if request.retracted_at_ns == NEVER:
+            return
+        pause = now_ns - request.retracted_at_ns
+        request.retracted_at_ns = NEVER
+        request.retracted_ns += pause
+        if request.first_token_ns == NEVER:
+            request.retracted_before_first_ns += pause
 
     def on_idle(self) -> None:
         """The loop found nothing to do: the ratio starts afresh, and every page is accounted for (specification

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from testbed.memory import OutOfPages
-from testbed.messages import GenerateRequest, Prompt
+from testbed.messages import AbortRequest, GenerateRequest, Prompt
 from testbed.runtime.modelled import Deadlock
 from testbed.scenario.schema import ConstantDevice
 from tests.properties.draws import LOOPS, STRATEGIES, World, worlds
@@ -199,3 +199,15 @@ def test_a_lone_requests_ttft_is_the_sum_of_its_chunks(loop: str, chunk: int, pr
 def test_a_prompt_is_not_made_before_it_is_needed() -> None:
     prompt = Prompt([])
     assert len(prompt) == 0 and GenerateRequest("r", prompt).prompt.ids(10).tolist() == []
+
+
+@MORE
+@given(worlds(), st.lists(st.tuples(st.integers(0, 60), st.integers(0, 8)), min_size=1, max_size=4))
+def test_aborts_at_drawn_moments(world: World, aborts: list[tuple[int, int]]) -> None:
+    """Whatever state they meet: the others get their tokens, and times, work and pages add up."""
+    script: dict[int, list[AbortRequest]] = {}
+    for at, which in aborts:
+        script.setdefault(at, []).append(AbortRequest(f"r{which}"))
+    outcome = served(world, script=script)
+    targets = {f"r{which}" for _, which in aborts}
+    assert all(output.status == 200 or rid in targets for rid, output in outcome.outputs.items())
