@@ -57,6 +57,8 @@ class RadixCache:
         self.allocator = allocator
         self.page_size = allocator.page_size
         self.eviction = eviction
+        self.evicted_tokens_total = 0
+        """Since the start: forgetting the tree does not take it back."""
         self.clear()
 
     def clear(self) -> None:
@@ -67,7 +69,6 @@ class RadixCache:
         self._spaces: dict[str, Node] = {"": self.root}
         self.evictable_tokens = 0
         self.protected_tokens = 0
-        self.evicted_tokens_total = 0
         # Heap of (rank at push, serial, node), at most one entry a node (``offered``). Ranks only grow, so an entry
         # whose node was touched since is put back with its new rank; one whose node is locked or has children is
         # dropped.

@@ -267,3 +267,12 @@ def test_a_chunk_cache_finds_and_keeps_nothing() -> None:
     assert len(match.pages) == 0 and match.node is cache.root and cache.evict(5) == 0
     with pytest.raises(RuntimeError, match="keeps no pages"):
         cache.insert(seq(1), seq(1))
+
+
+def test_what_was_evicted_stays_counted_after_a_flush() -> None:
+    cache, allocator = filled()
+    put(cache, allocator, 1, 2, 3)
+    cache.evict(2)
+    cache.clear()
+    allocator.clear()
+    assert cache.evicted_tokens_total == 3 and not cache.nodes() and cache.evictable_tokens == 0

@@ -63,7 +63,7 @@ def test_sglang_rules_without_the_stall_serve_everybody(world: World) -> None:
 # -- twins: what changes times, never tokens ------------------------------------------------------------
 
 
-@QUIET
+@settings(QUIET, max_examples=30)
 @given(worlds())
 def test_loop_batching_chunks_pages_and_cache_never_change_tokens(world: World) -> None:
     streams = served(world).streams()
