@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from testbed.costs.capacity import kv_capacity_tokens
 from testbed.costs.devices import DeviceProfile, device_presets, load_device
 from testbed.costs.host import HostProfile, constant_host, host_presets, load_host
-from testbed.costs.model import ConstantCostModel, CostModel, OperatorCostModel
+from testbed.costs.model import ConstantCostModel, CostModel, OperatorCostModel, complete
 from testbed.scenario.models import load_model
 from testbed.scenario.plugins import load_plugin
 from testbed.scenario.schema import ConstantDevice, HostConstant
@@ -36,7 +36,7 @@ def build_cost_model(scenario: Scenario, stage: int = 0, base_dir: str | Path = 
     """The cost model of a scenario, for one pipeline stage; relative paths in it are looked for in ``base_dir`` first.
 
     ``scenario.cost_model`` names the user's own, called with (model, device, engine), where device is a profile or the
-    scenario's constants. Else constants give a ``ConstantCostModel`` and a profile an ``OperatorCostModel``.
+    scenario's constants; its result needs one method, ``price(shape) -> StepCost``. Else constants give a ``ConstantCostModel`` and a profile an ``OperatorCostModel``.
     Raises InputError when a preset or file does not exist or the model does not fit the device's dtypes or parallelism.
     """
     model = load_model(_beside(scenario.model, base_dir))
@@ -47,7 +47,7 @@ def build_cost_model(scenario: Scenario, stage: int = 0, base_dir: str | Path = 
         device = scenario.device.constant
     if scenario.cost_model is not None:
         build = load_plugin(scenario.cost_model, base_dir, where="cost_model")
-        return cast("CostModel", build(model, device, scenario.engine))
+        return complete(build(model, device, scenario.engine), scenario.cost_model)
     if isinstance(device, DeviceProfile):
         return OperatorCostModel(model, device, scenario.engine, stage)
     return ConstantCostModel(device)

@@ -1,13 +1,14 @@
 """Cost models: the price of a step from the shape of its batch.
 
 ``OperatorCostModel`` sums operators (``testbed.costs.operators``); ``ConstantCostModel`` is linear in tokens and rows,
-for cases that queueing theory can check. A user's own cost model has the methods of ``CostModel``.
+for cases that queueing theory can check. A user's own cost model needs ``price`` alone.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from testbed.batch import BatchShape, StepCost
 from testbed.costs.devices import DeviceProfile
 from testbed.costs.operators import Operators
 from testbed.costs.tables import Curve
+from testbed.scenario.errors import InputError
 from testbed.scenario.models import DTYPE_BYTES, ModelSpec
 from testbed.scenario.schema import ConstantDevice, EngineConfig
 
@@ -223,3 +225,38 @@ class ConstantCostModel:
         """Zeros: constants know neither."""
         zeros = np.zeros(np.shape(rows), dtype=np.float64)
         return zeros, zeros.copy()
+
+
+class _Completed:
+    """A user's own cost model that has no more than ``price``."""
+
+    def __init__(self, own: Any, name: str) -> None:
+        self._name = name
+        self.price: Callable[[BatchShape], StepCost] = own.price
+
+    def price_decode(self, rows: int, context_tokens: int, context_max: int) -> StepCost:
+        """``price`` of the decode step."""
+        return self.price(BatchShape((), (), rows, context_tokens, context_max))
+
+    def breakdown(self, shape: BatchShape) -> dict[str, int]:
+        """One operator: the step."""
+        return {"step": self.price(shape).gpu_ns}
+
+    def unmeasured(self) -> list[str]:
+        """Everything is the user's word."""
+        return [f"every step: priced by {self._name}"]
+
+    def flops_and_bytes(
+        self, new_tokens: Counts, prefix_tokens: Counts, decode_rows: Counts, context_tokens: Counts, rows: Counts
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Not known: zeros."""
+        return np.zeros(len(rows)), np.zeros(len(rows))
+
+
+def complete(own: Any, name: str) -> CostModel:
+    """``own`` with what it lacks of a CostModel. Raises InputError when it cannot price a step."""
+    if not callable(getattr(own, "price", None)):
+        remedy = "give it a method price(shape: BatchShape) -> StepCost"
+        raise InputError(f"{name} made an object without a method 'price'", where="cost_model", remedy=remedy)
+    wanted = ("price_decode", "breakdown", "unmeasured", "flops_and_bytes")
+    return cast("CostModel", own if all(hasattr(own, method) for method in wanted) else _Completed(own, name))
