@@ -36,8 +36,9 @@ def build_cost_model(scenario: Scenario, stage: int = 0, base_dir: str | Path = 
     """The cost model of a scenario, for one pipeline stage; relative paths in it are looked for in ``base_dir`` first.
 
     ``scenario.cost_model`` names the user's own, called with (model, device, engine), where device is a profile or the
-    scenario's constants; its result needs one method, ``price(shape) -> StepCost``. Else constants give a ``ConstantCostModel`` and a profile an ``OperatorCostModel``.
-    Raises InputError when a preset or file does not exist or the model does not fit the device's dtypes or parallelism.
+    scenario's constants; its result needs one method, ``price(shape) -> StepCost``. Else constants give a
+    ``ConstantCostModel`` and a profile an ``OperatorCostModel``. Raises InputError when a preset or file does not
+    exist or the model does not fit the device's dtypes or parallelism.
     """
     model = load_model(_beside(scenario.model, base_dir))
     device: DeviceProfile | ConstantDevice

@@ -250,7 +250,7 @@ class _Completed:
         self, new_tokens: Counts, prefix_tokens: Counts, decode_rows: Counts, context_tokens: Counts, rows: Counts
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Not known: zeros."""
-        return np.zeros(len(rows)), np.zeros(len(rows))
+        return np.zeros(np.shape(rows)), np.zeros(np.shape(rows))
 
 
 def complete(own: Any, name: str) -> CostModel:

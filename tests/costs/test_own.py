@@ -39,7 +39,7 @@ def test_price_is_enough(tmp_path: Path) -> None:
     steps = run.records.steps
     assert (steps["gpu_ns"] == 1000 * (steps["new_tokens"] + steps["decode_rows"])).all()
     assert any("own.py:Own" in note for note in run.meta["notes"])
-    assert "Model FLOP utilisation" in run.table()
+    assert "Busy (%)" in run.table()
 
 
 def test_without_price_it_is_refused(tmp_path: Path) -> None:
