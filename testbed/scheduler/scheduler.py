@@ -95,6 +95,8 @@ class Scheduler:
         self.now_ns = 0
         self.stalled = False
         """The last decision found nothing to run, and only a message or a result can change that."""
+        self.idle_checked = True
+        """No result has been processed since the last idle check."""
         self.admitted = 0
         self.matched_tokens = 0
         self.matched_in_policy = 0
@@ -118,10 +120,11 @@ class Scheduler:
 
     @property
     def can_build_batch(self) -> bool:
-        """Whether a batch can be built without another message or result."""
+        """Whether a batch can be built without another message or result, or the idle check that follows the last one is
+        still to be made: a loop that blocked before it would carry the estimate of output over the pause."""
         if self.stalled:
             return False
-        return bool(self.running.requests or self.waiting or self.chunked or self.last_batch)
+        return bool(self.running.requests or self.waiting or self.chunked or self.last_batch or not self.idle_checked)
 
     @property
     def idle(self) -> bool:
@@ -425,7 +428,7 @@ class Scheduler:
         """Apply a result; results come in launch order. Returns the requests that ended."""
         assert self.in_flight and self.in_flight[0] is batch, "results are applied in launch order"
         self.in_flight.pop(0)
-        self.stalled = False
+        self.stalled = self.idle_checked = False
         ended, self.failed = self.failed, []
         if batch.prefills:
             self._process_prefills(batch, result, ended)
@@ -556,6 +559,7 @@ class Scheduler:
     def on_idle(self) -> None:
         """The loop found nothing to do: the ratio starts afresh, and every page is accounted for (specification
         A.9)."""
+        self.idle_checked = True
         self.new_token_ratio = self.ratio_init
         self.invariants.when_idle()
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -85,16 +88,25 @@ def test_the_device_never_waits_for_a_faster_host() -> None:
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_an_idle_check_needs_an_empty_iteration_with_nothing_in_flight(loop: str) -> None:
-    """The estimate of output is reset there, so it must not happen between two steps."""
+def test_every_pause_is_checked_once_with_nothing_in_flight(loop: str) -> None:
+    """The estimate of output starts afresh at a pause, before the loop blocks, and never between two steps."""
     checked: list[tuple[int, int]] = []
+    ratios: list[float] = []
 
-    def count(scheduler: object, _: object) -> None:
-        check = scheduler.on_idle  # type: ignore[attr-defined]
-        scheduler.on_idle = lambda: (checked.append((len(scheduler.in_flight), len(scheduler.requests))), check())  # type: ignore[attr-defined]
+    def count(scheduler: Any, _: object) -> None:
+        check = scheduler.on_idle
 
-    run(engine(loop=loop), burst(3, 9, 5), before=count)
-    assert checked and set(checked) == {(0, 0)}
+        def checking() -> None:
+            checked.append((len(scheduler.in_flight), len(scheduler.requests)))
+            check()
+
+        scheduler.on_idle = checking
+        scheduler.on_step = lambda: ratios.append(scheduler.new_token_ratio)
+
+    jobs = [*burst(3, 9, 20), Job("later", arrival_ns=10**9), Job("last", arrival_ns=2 * 10**9)]
+    run(engine(loop=loop), jobs, before=count)
+    assert checked == [(0, 0)] * 4, "three pauses, and the end of the run"
+    assert [now > before for before, now in pairwise(ratios)].count(True) == 2 and max(ratios) == ratios[0] == 0.7
 
 
 @QUIET
