@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 
 from testbed.batch import Batch, BatchShape, StepCost
 from testbed.ports import Stage
+from testbed.scenario.errors import InputError
 
 
 class CostModel(Protocol):
@@ -40,8 +41,28 @@ class HostProfile(Protocol):
         ...
 
 
-class Deadlock(RuntimeError):
-    """Nothing can happen any more, and requests are still open."""
+class Deadlock(InputError):
+    """Nothing can happen any more, and requests are still open: a strategy or a rule that leaves them waiting for
+    ever."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(
+            message,
+            where="engine",
+            remedy="a batching strategy or policy of your own never schedules them, or rules.can_stall (preset "
+            "sglang-0.5.1) lets a request that no longer fits block the queue: set it to false, or raise kv_tokens",
+        )
+
+
+class OutOfMemory(InputError):
+    """The engine's rules admitted more than memory holds."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(
+            f"the KV pool is exhausted where the engine's rules did not look: {message}",
+            where="engine.kv_tokens",
+            remedy="SGLang 0.5.1 dies here (Prefill out of memory); raise kv_tokens, or set rules.can_stall: false",
+        )
 
 
 def price_batch(cost_model: CostModel, batch: Batch) -> StepCost:

@@ -16,10 +16,11 @@ import simpy
 from simpy.events import URGENT
 
 from testbed.batch import Batch, StepResult
+from testbed.memory import OutOfPages
 from testbed.messages import ControlOutput, Message, RequestOutput
 from testbed.metrics.recorder import Recorder
 from testbed.ports import Stage
-from testbed.runtime.modelled import CostModel, Deadlock, HostProfile, device_time, price_batch
+from testbed.runtime.modelled import CostModel, Deadlock, HostProfile, OutOfMemory, device_time, price_batch
 from testbed.runtime.oracle import FAR, Oracle
 from testbed.runtime.traffic import Traffic
 from testbed.workload.base import TimedRequest, Workload
@@ -269,11 +270,13 @@ def run_to_the_end(loop: Coroutine[Any, Any, None], runtime: VirtualRuntime) -> 
     runtime.start()
     try:
         env.run()
+        if failure and isinstance(failure[0], OutOfPages):
+            raise OutOfMemory(str(failure[0])) from failure[0]
         if failure:
             raise failure[0]
         if runtime.traffic.open:
             raise Deadlock(
-                f"at {env.now} ns nothing can happen any more and {runtime.traffic.open} requests are open; "
+                f"at {runtime.local_ns} ns nothing can happen any more and {runtime.traffic.open} requests are open; "
                 f"the loop waits in {where_it_waits(process)}"
             )
     finally:

@@ -120,8 +120,8 @@ class Scheduler:
 
     @property
     def can_build_batch(self) -> bool:
-        """Whether a batch can be built without another message or result, or the idle check that follows the last one is
-        still to be made: a loop that blocked before it would carry the estimate of output over the pause."""
+        """Whether a batch can be built without another message or result, or the idle check that follows the last one
+        is still to be made: a loop that blocked before it would carry the estimate of output over the pause."""
         if self.stalled:
             return False
         return bool(self.running.requests or self.waiting or self.chunked or self.last_batch or not self.idle_checked)

@@ -55,7 +55,7 @@ def differences(one: Run, other: Run) -> list[str]:
 
 @pytest.mark.parametrize("loop", ["normal", "overlap"])
 @pytest.mark.parametrize("max_new_tokens", ["output", 512])
-@pytest.mark.parametrize("engine", ENGINES, ids=[",".join(map(str, engine.values())) or "default" for engine in ENGINES])
+@pytest.mark.parametrize("engine", ENGINES, ids=[",".join(map(str, each.values())) or "default" for each in ENGINES])
 def test_records_are_the_same_to_the_byte(engine: dict[str, Any], max_new_tokens: Any, loop: str) -> None:
     leaping = run(engine, loop, max_new_tokens, "sglang-0.5", leap=True)
     walking = run(engine, loop, max_new_tokens, "sglang-0.5", leap=False)
