@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,12 @@ from testbed.costs import (
 )
 from testbed.loops.base import LoopContext
 from testbed.loops.select import LOOPS, EventLoop, find_loop
+from testbed.memory import OutOfPages
 from testbed.metrics.recorder import Recorder
 from testbed.metrics.run import Run
 from testbed.runtime import virtual, wall
 from testbed.runtime.leap import Leaper
+from testbed.runtime.modelled import OutOfMemory
 from testbed.runtime.oracle import Oracle
 from testbed.runtime.traffic import Traffic
 from testbed.scenario.errors import InputError
@@ -143,7 +146,8 @@ def simulate(
         runtime.leap = Leaper(engine.scheduler, runtime).try_leap
     if progress is not None:
         _report_progress(engine.scheduler, runtime.traffic, progress)
-    virtual.run_to_the_end(engine.loop(LoopContext(engine.scheduler, runtime)), runtime)
+    with _memory_rules(engine):
+        virtual.run_to_the_end(engine.loop(LoopContext(engine.scheduler, runtime)), runtime)
     return _run(engine, runtime.traffic, "simulated")
 
 
@@ -180,13 +184,26 @@ def execute(
     )
     if progress is not None:
         _report_progress(engine.scheduler, runtime.traffic, progress)
-    wall.run_to_the_end(engine.loop(LoopContext(engine.scheduler, runtime)))
+    with _memory_rules(engine):
+        wall.run_to_the_end(engine.loop(LoopContext(engine.scheduler, runtime)))
     return _run(engine, runtime.traffic, "paced")
 
 
 def _one(scenario: Scenario | str | os.PathLike[str] | Mapping[str, Any], seed: int | None) -> Scenario:
     chosen = scenario if isinstance(scenario, Scenario) else load_scenario(scenario).scenario
     return chosen if seed is None else chosen.model_copy(update={"seed": seed})
+
+
+@contextmanager
+def _memory_rules(engine: Engine) -> Iterator[None]:
+    """SGLang's own rules can admit more than memory holds, and its engine dies of it: then that is the scenario's
+    fault. Under our rules it would be a defect, and stays one."""
+    try:
+        yield
+    except OutOfPages as error:
+        if engine.scheduler.rules.can_stall:
+            raise OutOfMemory(str(error)) from error
+        raise
 
 
 def _own_strategy(name: str, base_dir: Path) -> Any:

@@ -16,11 +16,10 @@ import simpy
 from simpy.events import URGENT
 
 from testbed.batch import Batch, StepResult
-from testbed.memory import OutOfPages
 from testbed.messages import ControlOutput, Message, RequestOutput
 from testbed.metrics.recorder import Recorder
 from testbed.ports import Stage
-from testbed.runtime.modelled import CostModel, Deadlock, HostProfile, OutOfMemory, device_time, price_batch
+from testbed.runtime.modelled import CostModel, Deadlock, HostProfile, device_time, price_batch
 from testbed.runtime.oracle import FAR, Oracle
 from testbed.runtime.traffic import Traffic
 from testbed.workload.base import TimedRequest, Workload
@@ -270,8 +269,6 @@ def run_to_the_end(loop: Coroutine[Any, Any, None], runtime: VirtualRuntime) -> 
     runtime.start()
     try:
         env.run()
-        if failure and isinstance(failure[0], OutOfPages):
-            raise OutOfMemory(str(failure[0])) from failure[0]
         if failure:
             raise failure[0]
         if runtime.traffic.open:

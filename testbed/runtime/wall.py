@@ -13,11 +13,10 @@ from heapq import heappop, heappush
 from typing import Any
 
 from testbed.batch import Batch, StepResult
-from testbed.memory import OutOfPages
 from testbed.messages import ControlOutput, Message, RequestOutput
 from testbed.metrics.recorder import Recorder
 from testbed.ports import Stage
-from testbed.runtime.modelled import CostModel, Deadlock, HostProfile, OutOfMemory, device_time, price_batch
+from testbed.runtime.modelled import CostModel, Deadlock, HostProfile, device_time, price_batch
 from testbed.runtime.oracle import Oracle
 from testbed.runtime.traffic import Traffic
 from testbed.workload.base import TimedRequest, Workload
@@ -216,8 +215,6 @@ def run_to_the_end(loop: Coroutine[Any, Any, None]) -> None:
         loop.send(None)
     except LoopEnded:
         return
-    except OutOfPages as error:
-        raise OutOfMemory(str(error)) from error
     finally:
         loop.close()
     raise RuntimeError("a loop suspended on the wall clock: it awaited something that is not a port")

@@ -35,7 +35,7 @@ def test_a_strategy_that_schedules_nobody_is_a_deadlock_with_its_place(loop: str
     with pytest.raises(Deadlock) as caught:
         run(engine(loop=loop), [Job("r", arrival_ns=50), Job("s", arrival_ns=70)], strategy=strategy())
     report = str(caught.value)
-    assert "2 requests are open" in report and report.startswith("at 70 ns")
+    assert "2 requests are open" in report and "at 70 ns nothing can happen" in report
     assert re.search(rf"event_loop_{loop} \(line \d+\) > recv_requests \(line \d+\) > recv", report)
 
 
