@@ -29,6 +29,7 @@ from testbed.metrics.columns import (
     token_owner,
 )
 from testbed.metrics.laws import HOST_LANE, TIME_PARTS, Cause, device_time, presence, stays
+from testbed.metrics.levels import levels
 from testbed.metrics.records import Records
 from testbed.metrics.window import Window
 from testbed.ports import Stage
@@ -250,28 +251,21 @@ def _memory(records: Records, meta: Mapping[str, Any], window: Window) -> dict[s
     steps = _in_window(records, window)
     free = floats(records.steps, "free_tokens")[steps]
     evictable = floats(records.steps, "evictable_tokens")[steps]
-    owned, held = 100 * (capacity - free - evictable) / capacity, step_hold_ns(records, window)[steps]
-    total = held.sum()
+    owned = 100 * (capacity - free - evictable) / capacity
+    states = [levels(records, meta, int(replica)) for replica in replicas(records)]
+    available = capacity * window.duration_ns * len(states)
+
+    def mean(column: str) -> float:
+        area = sum(float((state.values[column] * state.held_ns(*window)).sum()) for state in states)
+        return 100 * area / available if len(owned) and available else NAN
+
     return {
         "kv_tokens": int(capacity) if capacity == capacity else NAN,
-        "kv_use_mean_percent": float((owned * held).sum() / total) if total else NAN,
+        "kv_use_mean_percent": mean("owned_tokens"),
         "kv_use_peak_percent": float(owned.max()) if len(owned) else NAN,
-        "kv_cached_mean_percent": float((100 * evictable / capacity * held).sum() / total) if total else NAN,
+        "kv_cached_mean_percent": mean("evictable_tokens"),
         "evicted_tokens": int(ints(records.steps, "evicted_tokens")[steps].sum()),
     }
-
-
-def step_hold_ns(records: Records, window: Window) -> Ints:
-    """How long what was decided at each launch stood: to the same replica's next launch, or the window's end.
-
-    int64 [steps], clipped to the window.
-    """
-    launch, replica = np.clip(ints(records.steps, "launch_ns"), *window), ints(records.steps, "replica")
-    until = np.full(len(launch), window.end_ns, dtype=np.int64)
-    for which in np.unique(replica):
-        mine = np.flatnonzero(replica == which)
-        until[mine[:-1]] = launch[mine[1:]]
-    return until - launch
 
 
 def _loop(records: Records, window: Window) -> dict[str, float]:

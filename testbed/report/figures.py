@@ -8,17 +8,17 @@ from textwrap import fill
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
 from testbed.batch import ForwardMode
 from testbed.metrics.aggregate import LATENCIES, slo_limits
-from testbed.metrics.columns import NS_PER_MS, NS_PER_S, Floats, Ints, completed, floats, ints
+from testbed.metrics.columns import NS_PER_MS, NS_PER_S, Floats, Ints, completed, ints, replicas
 from testbed.metrics.comparison import Figure as Compared
 from testbed.metrics.laws import HOST_LANE, Cause
 from testbed.metrics.run import Run
 from testbed.ports import Stage
 from testbed.report import style
-from testbed.report.series import cause_shares, cumulative, spread, step_mean, time_bins
+from testbed.report.series import Bins, cause_shares, cumulative, level_mean, spread, time_bins
 
 CAUSES = {
     Cause.BUSY: ("busy", style.BLUE),
@@ -93,57 +93,88 @@ def _latency_scale(axes: Axes, everything: Sequence[Floats]) -> None:
 def batch_timeline(run: Run) -> Figure:
     """Tokens computed a second: prompt tokens above, decode tokens below, by the forward mode that carried them."""
     figure, (prompt, decode) = style.new_figure(3.9, 2, 1, sharex=True)
-    bins, steps = time_bins(run.records), run.records.steps
-    mode = ints(steps, "mode")
+    bins = time_bins(run.records)
     for axes, column, title in (
         (prompt, "new_tokens", "Prompt tokens computed (tokens/s)"),
         (decode, "decode_rows", "Tokens decoded (tokens/s)"),
     ):
-        parts = {
-            which.name.lower(): bins.sums(ints(steps, "start_ns"), ints(steps, column) * (mode == which)) / bins.width_s
-            for which in ForwardMode
-        }
-        shown = {name: values for name, values in parts.items() if values.any()}
-        _stack(axes, bins.centres_s, shown, style.MODE_COLOURS)
+        _stack(axes, bins.centres_s, _token_rates(run, bins, column), style.MODE_COLOURS)
         axes.set(title=title, ylim=(0, None))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         style.legend_above(axes)
     return _time_axis(figure, decode, run)
 
 
+def _token_rates(run: Run, bins: Bins, column: str) -> dict[str, Floats]:
+    """Tokens a second of a step column by forward mode, without the modes that had none: float64 [bins] each."""
+    steps = run.records.steps
+    mode, tokens, start = ints(steps, "mode"), ints(steps, column), ints(steps, "start_ns")
+    rates = {which.name.lower(): bins.sums(start, tokens * (mode == which)) / bins.width_s for which in ForwardMode}
+    return {name: values for name, values in rates.items() if values.any()}
+
+
 def queue_timeline(run: Run) -> Figure:
     """Requests running and waiting, as the scheduler saw them after each decision."""
     figure, (axes,) = style.new_figure(2.7)
-    bins = time_bins(run.records)
-    for column, colour in (("running", style.BLUE), ("waiting", style.ORANGE)):
-        values = step_mean(run, bins, floats(run.records.steps, column))
-        axes.fill_between(bins.centres_s, values, color=colour, alpha=0.13, linewidth=0)
-        axes.plot(bins.centres_s, values, color=colour, label=column)
-    axes.set(title="Requests running and waiting", ylim=(0, None))
+    _draw_queue(axes, run)
+    axes.set(title="Requests running and waiting")
     style.legend_above(axes)
     return _time_axis(figure, axes, run)
+
+
+def _draw_queue(axes: Axes, run: Run) -> None:
+    bins = time_bins(run.records)
+    for column, colour in (("running", style.BLUE), ("waiting", style.ORANGE)):
+        values = level_mean(run, bins, column)
+        axes.fill_between(bins.centres_s, values, color=colour, alpha=0.13, linewidth=0)
+        axes.plot(bins.centres_s, values, color=colour, label=column)
+    axes.set(ylim=(0, None))
 
 
 def kv_timeline(run: Run) -> Figure:
     """KV cache over time: held by requests, cached for reuse, free; tokens, or percent where the capacity is known."""
     figure, (axes,) = style.new_figure(2.7)
-    bins = time_bins(run.records)
-    free, cached = (
-        step_mean(run, bins, floats(run.records.steps, name)) for name in ("free_tokens", "evictable_tokens")
-    )
-    replicas = len(np.unique(ints(run.records.steps, "replica")))
-    capacity = float(run.meta.get("kv_tokens") or 0) * replicas
-    parts = {"cached": cached, "free": free}
-    if capacity:
-        parts = {"owned": np.maximum(capacity - free - cached, 0.0), "cached": cached}
-        parts = {name: 100 * values / capacity for name, values in parts.items()}
-    colours = {"owned": style.BLUE, "cached": style.SKY, "free": style.QUIET}
-    _stack(axes, bins.centres_s, parts, colours)
-    highest = max(float(np.sum(list(parts.values()), axis=0).max(initial=0)), 1e-9)
-    title = f"KV cache (% of {capacity:,.0f} tokens; the rest is free)" if capacity else "KV cache (tokens)"
-    axes.set(title=title, ylim=(0, 100 if capacity and highest > 50 else highest * 1.15))
+    capacity = _draw_kv(axes, run)
+    axes.set(title=f"KV cache (% of {capacity:,.0f} tokens; the rest is free)" if capacity else "KV cache (tokens)")
     style.legend_above(axes)
     return _time_axis(figure, axes, run)
+
+
+def _draw_kv(axes: Axes, run: Run) -> float:
+    """Draw the KV cache; returns the capacity of all replicas in tokens, 0 where it is not known."""
+    bins = time_bins(run.records)
+    capacity = float(run.meta.get("kv_tokens") or 0) * len(replicas(run.records))
+    names = {"owned": "owned_tokens", "cached": "evictable_tokens"} if capacity else {
+        "cached": "evictable_tokens", "free": "free_tokens"}  # fmt: skip
+    scale = 100 / capacity if capacity else 1.0
+    parts = {name: scale * level_mean(run, bins, column) for name, column in names.items()}
+    _stack(axes, bins.centres_s, parts, {"owned": style.BLUE, "cached": style.SKY, "free": style.QUIET})
+    highest = max(float(np.sum(list(parts.values()), axis=0).max(initial=0)), 1e-9)
+    axes.set(ylim=(0, 100 if capacity and highest > 50 else highest * 1.15))
+    return capacity
+
+
+def load_timeline(run: Run) -> Figure:
+    """Queue, batch composition and KV cache over time in one row: what a comparison shows of each run."""
+    figure, panels = style.new_figure(2.5, 1, 3)
+    queue, batch, kv = panels
+    bins = time_bins(run.records)
+    _draw_queue(queue, run)
+    prompt, decode = (
+        np.sum(list(_token_rates(run, bins, column).values()) or [np.zeros(len(bins.centres_s))], axis=0)
+        for column in ("new_tokens", "decode_rows")
+    )
+    colours = {"prompt": style.ORANGE, "decode": style.BLUE}
+    _stack(batch, bins.centres_s, {"decode": decode, "prompt": prompt}, colours)
+    batch.set(ylim=(0, None))
+    batch.yaxis.set_major_formatter(EngFormatter(sep=""))
+    capacity = _draw_kv(kv, run)
+    titles = ("Requests", "Tokens computed a second", "KV cache (%)" if capacity else "KV cache (tokens)")
+    for axes, title in zip(panels, titles, strict=True):
+        axes.set_title(title, pad=20)
+        style.legend_above(axes, 3)
+        _time_axis(figure, axes, run)
+    return figure
 
 
 def device_timeline(run: Run) -> Figure:

@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from testbed.metrics.columns import NS_PER_S, Floats, Ints, ints, replicas
+from testbed.metrics.columns import NS_PER_S, Floats, Ints, replicas
 from testbed.metrics.laws import Cause, device_time
+from testbed.metrics.levels import levels
 from testbed.metrics.records import Records
 from testbed.metrics.run import Run
 from testbed.metrics.window import Window, run_end_ns
@@ -62,10 +63,10 @@ def held_mean(bins: Bins, since_ns: Ints, values: Floats) -> Floats:
     return np.diff(at) / np.maximum(np.diff(bins.edges_ns), 1)
 
 
-def step_mean(run: Run, bins: Bins, values: Floats) -> Floats:
-    """Time-weighted mean by bin of a per-step quantity, summed over replicas: float64 [bins]."""
-    launch, replica = ints(run.records.steps, "launch_ns"), ints(run.records.steps, "replica")
-    parts = [held_mean(bins, launch[replica == one], values[replica == one]) for one in replicas(run.records)]
+def level_mean(run: Run, bins: Bins, column: str) -> Floats:
+    """Time-weighted mean by bin of a column of ``testbed.metrics.levels``, summed over replicas: float64 [bins]."""
+    states = [levels(run.records, run.meta, int(one)) for one in replicas(run.records)]
+    parts = [held_mean(bins, state.since_ns, state.values[column]) for state in states]
     return np.asarray(np.sum(parts, axis=0), dtype=np.float64)
 
 

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from testbed.batch import ForwardMode
-from testbed.metrics.columns import NS_PER_S, Ints, ints, replicas
+from testbed.metrics.columns import NS_PER_S, ints, replicas
 from testbed.metrics.laws import DEVICE_LANE, HOST_LANE, LINK_LANE
+from testbed.metrics.levels import levels
 from testbed.metrics.run import Run
 from testbed.metrics.window import run_end_ns
 from testbed.ports import Stage
@@ -146,17 +147,16 @@ def _requests(run: Run, begin: int, end: int) -> Iterator[Slice]:
 
 
 def _counters(run: Run, begin: int, end: int) -> Iterator[Count]:
-    steps = run.steps
-    launch: Ints = ints(run.records.steps, "launch_ns")
     known = {"running": "running requests", "waiting": "waiting requests", "rows": "batch size"}
     known |= {"free_tokens": "KV free (tokens)", "evictable_tokens": "KV cached (tokens)"}
-    if not steps["owned_tokens"].isna().all():
+    if run.meta.get("kv_tokens"):
         known["owned_tokens"] = "KV owned (tokens)"
-    for replica in replicas(run.records):
-        mine = np.flatnonzero((launch >= begin) & (launch < end) & (ints(run.records.steps, "replica") == replica))
+    for replica in replicas(run.records).tolist():
+        state = levels(run.records, run.meta, replica)
+        mine = (state.since_ns >= begin) & (state.since_ns < end)
+        times = state.since_ns[mine].tolist()
         for column, label in known.items():
-            values = steps[column].to_numpy()[mine].tolist()
-            for at, value in zip(launch[mine].tolist(), values, strict=True):
+            for at, value in zip(times, state.values[column][mine].tolist(), strict=True):
                 yield Count(f"replica {replica}: {label}", at, value)
 
 

@@ -112,6 +112,20 @@ def test_kv_use_is_weighted_by_time():
     assert figures["kv_use_mean_percent"] == pytest.approx(80 * 51 / 201)
 
 
+def test_kv_use_ends_where_the_last_request_leaves():
+    one = {"free_tokens": 20, "rows": 1}
+    run = tiny([(0, [10, 20], "length"), (80, [90, 100], "length")], [one])
+    run.meta["kv_tokens"] = 100
+    figures = run.aggregates()
+    assert (figures["kv_use_mean_percent"], figures["kv_cached_mean_percent"]) == (16, 0)
+    two = {"launch_ns": 80 * MS, "start_ns": 80 * MS, "free_tokens": 20, "evictable_tokens": 70, "rows": 1}
+    cached = tiny([(0, [10, 20], "length"), (80, [90, 100], "length")], [one, two])
+    cached.meta["kv_tokens"] = 100
+    figures = cached.aggregates()
+    assert figures["kv_use_mean_percent"] == pytest.approx(80 * 0.2 + 10 * 0.2)
+    assert figures["kv_cached_mean_percent"] == pytest.approx(80 * 0.6 + 70 * 0.2)
+
+
 def test_percentiles_are_chosen_and_named(run):
     figures = run.aggregates(percentiles=[25, 99.9])
     values = run.requests["ttft_ms"]

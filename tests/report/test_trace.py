@@ -63,8 +63,24 @@ def test_arrows_join_each_launch_to_its_step(run, tmp_path):
 
 def test_counters_repeat_the_step_records(run, tmp_path):
     _, counters = parse(write_trace(run, tmp_path / "t.pftrace", WHOLE))
-    assert [value for _, value in counters["replica 0: running requests"]] == run.steps["running"].tolist()
-    assert [value for _, value in counters["replica 0: KV owned (tokens)"]] == run.steps["owned_tokens"].tolist()
+    for label, column in (("running requests", "running"), ("KV owned (tokens)", "owned_tokens")):
+        drawn = dict(counters[f"replica 0: {label}"])
+        assert [drawn[at] for at in run.steps["launch_ns"]] == run.steps[column].tolist()
+
+
+def test_counters_are_zero_where_no_request_is_in_the_system(make_run, tmp_path):
+    run = make_run(20, rate=0.5)
+    _, counters = parse(write_trace(run, tmp_path / "t.pftrace", WHOLE))
+    running = dict(counters["replica 0: running requests"])
+    owned = dict(counters["replica 0: KV owned (tokens)"])
+    requests = run.requests
+    alone = [
+        end
+        for end in requests["finish_ns"]
+        if not ((requests["arrival_ns"] <= end) & (requests["finish_ns"] > end)).any()
+    ]
+    assert len(alone) > 5
+    assert {running[end] for end in alone} == {owned[end] for end in alone} == {0}
 
 
 def test_request_lanes_are_contiguous_lives(run, tmp_path):
