@@ -40,7 +40,7 @@ from testbed.runtime.traffic import Traffic
 from testbed.scenario.errors import InputError
 from testbed.scenario.load import load_scenario, resolve
 from testbed.scenario.models import ModelSpec, load_model
-from testbed.scenario.plugins import is_plugin, load_plugin
+from testbed.scenario.plugins import is_plugin, load_callable, load_coroutine, own_faults
 from testbed.scenario.schema import Scenario
 from testbed.scheduler.invariants import InvariantError
 from testbed.scheduler.scheduler import Checks, Scheduler
@@ -81,7 +81,8 @@ def build_engine(scenario: Scenario, *, checks: Checks = "delta") -> Engine:
     context_length = config.context_length or model.max_positions
     recorder = Recorder()
     if is_plugin(config.loop):
-        loop_name, loop = config.loop, load_plugin(config.loop, base_dir, where="engine.loop")
+        loop_name = config.loop
+        loop = load_coroutine(config.loop, base_dir, where="engine.loop", takes=("loop",))
     else:
         loop_name, loop = find_loop(config.loop, config.parallel.pp)
     scheduler = Scheduler(
@@ -90,7 +91,7 @@ def build_engine(scenario: Scenario, *, checks: Checks = "delta") -> Engine:
         context_length=context_length,
         vocab_size=model.vocab,
         seed=scenario.seed,
-        policy=load_plugin(config.policy, base_dir, where="engine.policy") if is_plugin(config.policy) else None,
+        policy=_own_policy(config.policy, base_dir),
         strategy=_own_strategy(config.batching, base_dir),
         recorder=recorder,
         checks=checks,
@@ -146,7 +147,7 @@ def simulate(
         runtime.leap = Leaper(engine.scheduler, runtime).try_leap
     if progress is not None:
         _report_progress(engine.scheduler, runtime.traffic, progress)
-    with _memory_rules(engine):
+    with own_faults(), _memory_rules(engine):
         virtual.run_to_the_end(engine.loop(LoopContext(engine.scheduler, runtime)), runtime)
     return _run(engine, runtime.traffic, "simulated")
 
@@ -184,7 +185,7 @@ def execute(
     )
     if progress is not None:
         _report_progress(engine.scheduler, runtime.traffic, progress)
-    with _memory_rules(engine):
+    with own_faults(), _memory_rules(engine):
         wall.run_to_the_end(engine.loop(LoopContext(engine.scheduler, runtime)))
     return _run(engine, runtime.traffic, "paced")
 
@@ -208,7 +209,21 @@ def _memory_rules(engine: Engine) -> Iterator[None]:
 
 def _own_strategy(name: str, base_dir: Path) -> Any:
     """The user's own batching strategy, made: a class is called without arguments."""
-    return load_plugin(name, base_dir, where="engine.batching")() if is_plugin(name) else None
+    if not is_plugin(name):
+        return None
+    with own_faults():
+        strategy = load_callable(name, base_dir, where="engine.batching")()
+    if not callable(getattr(strategy, "next_batch", None)):
+        remedy = "give it def next_batch(self, scheduler)"
+        raise InputError(f"{name} has no method 'next_batch'", where="engine.batching", remedy=remedy)
+    return strategy
+
+
+def _own_policy(name: str, base_dir: Path) -> Any:
+    """The user's own policy: a function that sorts the waiting list."""
+    if not is_plugin(name):
+        return None
+    return load_callable(name, base_dir, where="engine.policy", takes=("waiting", "scheduler"))
 
 
 def _kv_tokens(scenario: Scenario, model: ModelSpec, device: DeviceProfile | None) -> int:

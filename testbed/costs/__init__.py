@@ -10,7 +10,7 @@ from testbed.costs.devices import DeviceProfile, device_presets, load_device
 from testbed.costs.host import HostProfile, constant_host, host_presets, load_host
 from testbed.costs.model import ConstantCostModel, CostModel, OperatorCostModel, complete
 from testbed.scenario.models import load_model
-from testbed.scenario.plugins import load_plugin
+from testbed.scenario.plugins import load_callable, own_faults
 from testbed.scenario.schema import ConstantDevice, HostConstant
 
 if TYPE_CHECKING:
@@ -47,8 +47,9 @@ def build_cost_model(scenario: Scenario, stage: int = 0, base_dir: str | Path = 
     else:
         device = scenario.device.constant
     if scenario.cost_model is not None:
-        build = load_plugin(scenario.cost_model, base_dir, where="cost_model")
-        return complete(build(model, device, scenario.engine), scenario.cost_model)
+        build = load_callable(scenario.cost_model, base_dir, where="cost_model", takes=("model", "device", "engine"))
+        with own_faults():
+            return complete(build(model, device, scenario.engine), scenario.cost_model)
     if isinstance(device, DeviceProfile):
         return OperatorCostModel(model, device, scenario.engine, stage)
     return ConstantCostModel(device)

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from testbed.scenario.describe import did_you_mean
 from testbed.scenario.errors import InputError
+
+_loaded: dict[str, str] = {}
+"""Files of the modules that plugins came from, each with the name under which a scenario named it."""
 
 
 def is_plugin(name: str) -> bool:
@@ -33,12 +39,63 @@ def load_plugin(name: str, base_dir: str | Path = ".", *, where: str = "") -> An
     base = Path(base_dir)
     is_file = module_name.endswith(".py")
     module = _import_file(module_name, base, where) if is_file else _import_module(module_name, base, where)
+    if module.__file__ and module.__name__.partition(".")[0] != "testbed":
+        _loaded[module.__file__] = module_name if is_file else Path(module.__file__).name
     try:
         return getattr(module, attribute)
     except AttributeError:
         public = [known for known in vars(module) if not known.startswith("_")]
         hint = did_you_mean(attribute, public) or f"it has: {', '.join(public) or 'nothing'}"
         raise InputError(f"{module_name} has no {attribute!r}", where=where, remedy=hint) from None
+
+
+def load_callable(name: str, base_dir: str | Path = ".", *, where: str, takes: tuple[str, ...] = ()) -> Any:
+    """``load_plugin`` for a part that is called with the arguments ``takes``.
+
+    Raises InputError when it cannot be called, or not with these arguments.
+    """
+    part = load_plugin(name, base_dir, where=where)
+    form = f"({', '.join(takes)})" if takes else "without arguments"
+    if not callable(part):
+        raise InputError(f"{name} is {part!r}, which cannot be called", where=where, remedy=f"it is called {form}")
+    try:
+        inspect.signature(part).bind(*takes)
+    except TypeError as error:
+        message = f"{name} cannot be called {'with ' if takes else ''}{form}: {error}"
+        raise InputError(message, where=where, remedy="see docs/extending.md for its form") from None
+    except ValueError:  # a callable that does not tell its signature
+        pass
+    return part
+
+
+def load_coroutine(name: str, base_dir: str | Path = ".", *, where: str, takes: tuple[str, ...] = ()) -> Any:
+    """``load_callable`` for a coroutine function. Raises InputError for anything else."""
+    part = load_callable(name, base_dir, where=where, takes=takes)
+    if not inspect.iscoroutinefunction(part):
+        kind = "a class" if inspect.isclass(part) else "no coroutine function"
+        remedy = f"write async def {part.__name__ if hasattr(part, '__name__') else 'loop'}({', '.join(takes)})"
+        raise InputError(f"{name} is {kind}", where=where, remedy=remedy)
+    return part
+
+
+@contextmanager
+def own_faults() -> Iterator[None]:
+    """What the user's own part raises leaves this block as an InputError with file, line and function.
+
+    It is the part's fault where the innermost frame of the traceback lies in its file.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if not frames or frames[-1].filename not in _loaded:
+            raise
+        last = frames[-1]
+        at = f"{_loaded[last.filename]}:{last.lineno}"
+        message = f"{type(error).__name__}: {error}"
+        raise InputError(message, where=f"in {at}, {last.name}", remedy=f"mend {at}: {last.line}") from error
 
 
 def _import_file(file_name: str, base: Path, where: str) -> ModuleType:

@@ -90,6 +90,15 @@ def plugin(name: str, code: str | bytes, says: str, *remedy: str, path: str = "m
     return Case(name, "scenario.yaml:5:3: ", ("engine.loop", says), remedy, files)
 
 
+def own(name: str, field: str, code: str, place: str, says: str, remedy: str) -> Case:
+    """The base scenario with a part of the user's own in ``mine.py``, whatever way it fails."""
+    files: dict[str, str | bytes] = {
+        "scenario.yaml": BASE.replace("  loop: normal", f"  {field}: mine.py:Mine"),
+        "mine.py": code,
+    }
+    return Case(name, place, (says,), (remedy,), files)
+
+
 # fmt: off
 FIELDS = [
     edited("unknown field", "loop: normal", "lop: normal", "5:3", "engine.lop: unknown field", "did you mean 'loop'?"),
@@ -239,6 +248,14 @@ PLUGINS = [
     plugin("plugin that imports nothing", "import no_such_module\n", "mine.py:1: ModuleNotFoundError", "mend"),
     plugin("missing plugin file", "", "there is no file yours.py", "relative to", path="yours.py:loop"),
     plugin("missing plugin module", "", "there is no module no_such_package", "install", path="no_such_package.loops:loop"),
+    plugin("a class for a loop", "class loop:\n    def __init__(self, loop): ...\n", "mine.py:loop is a class", "async def loop(loop)"),
+    plugin("a loop without arguments", "async def loop(): ...\n", "too many positional arguments", "docs/extending.md"),
+    plugin("a number for a loop", "loop = 3\n", "mine.py:loop is 3, which cannot be called", "called (loop)"),
+    own("strategy without its method", "batching", "class Mine: ...\n", "scenario.yaml:5:3: ", "has no method 'next_batch'", "def next_batch(self, scheduler)"),
+    own("strategy that fails", "batching", "class Mine:\n    def next_batch(self, scheduler):\n        raise ValueError('oops')\n", "in mine.py:3, next_batch: ", "ValueError: oops", "mend mine.py:3"),
+    own("strategy that cannot be made", "batching", "class Mine:\n    def __init__(self):\n        1 / 0\n", "in mine.py:3, __init__: ", "ZeroDivisionError", "mend mine.py:3"),
+    own("policy that fails", "policy", "def Mine(waiting, scheduler):\n    waiting.sort(key=lambda one: one.length)\n", "in mine.py:2, <lambda>: ", "AttributeError", "mend mine.py:2"),
+    own("loop that fails", "loop", "async def Mine(loop):\n    await loop.recv_requests(True)\n    raise KeyError('x')\n", "in mine.py:3, Mine: ", "KeyError: 'x'", "mend mine.py:3"),
 ]
 
 # fmt: on
