@@ -46,8 +46,8 @@ from testbed.scheduler.invariants import InvariantError
 from testbed.scheduler.scheduler import Checks, Scheduler
 from testbed.workload import Workload, build_workload
 
-Progress = Callable[[int, int, int, int], None]
-"""Called now and then with (virtual or wall time in ns, requests ended, running, waiting)."""
+Progress = Callable[[int, int, int, int, int | None], None]
+"""Called now and then with (virtual or wall time in ns, requests ended, running, waiting, requests in all if known)."""
 PROGRESS_EVERY_STEPS = 512
 
 
@@ -96,10 +96,12 @@ def build_engine(scenario: Scenario, *, checks: Checks = "delta") -> Engine:
         recorder=recorder,
         checks=checks,
     )
+    capacity_tokens = scheduler.memory.allocator.capacity_tokens
     workload = build_workload(
         scenario.workload,
         seed=scenario.seed,
-        context_length=min(context_length, scheduler.max_request_tokens - 5),
+        context_length=scheduler.max_request_tokens - 5,  # SGLang's reserve, B.11
+        bound_by="engine.kv_tokens" if capacity_tokens < context_length else "engine.context_length",
         vocab_size=model.vocab,
         base_dir=base_dir,
     )
@@ -109,7 +111,7 @@ def build_engine(scenario: Scenario, *, checks: Checks = "delta") -> Engine:
         device=device,
         cost_model=build_cost_model(scenario),
         host=build_host_profile(scenario),
-        kv_tokens=scheduler.memory.allocator.capacity_tokens,
+        kv_tokens=capacity_tokens,
         context_length=context_length,
         loop_name=loop_name,
         loop=loop,
@@ -146,7 +148,7 @@ def simulate(
     if leap and engine.loop in LOOPS.values() and engine.scheduler.strategy_is_ours:
         runtime.leap = Leaper(engine.scheduler, runtime).try_leap
     if progress is not None:
-        _report_progress(engine.scheduler, runtime.traffic, progress)
+        _report_progress(engine, runtime.traffic, progress)
     with own_faults(), _memory_rules(engine):
         virtual.run_to_the_end(engine.loop(LoopContext(engine.scheduler, runtime)), runtime)
     return _run(engine, runtime.traffic, "simulated")
@@ -184,14 +186,26 @@ def execute(
         inject=inject,
     )
     if progress is not None:
-        _report_progress(engine.scheduler, runtime.traffic, progress)
+        _report_progress(engine, runtime.traffic, progress)
     with own_faults(), _memory_rules(engine):
         wall.run_to_the_end(engine.loop(LoopContext(engine.scheduler, runtime)))
     return _run(engine, runtime.traffic, "paced")
 
 
 def _one(scenario: Scenario | str | os.PathLike[str] | Mapping[str, Any], seed: int | None) -> Scenario:
-    chosen = scenario if isinstance(scenario, Scenario) else load_scenario(scenario).scenario
+    if isinstance(scenario, Scenario):
+        chosen = scenario
+    else:
+        loaded = load_scenario(scenario)
+        if loaded.variants:
+            raise loaded.located(
+                InputError(
+                    "several variants are several runs",
+                    where="compare",
+                    remedy="run each: for name, one in load_scenario(...).variants.items(): simulate(one)",
+                )
+            )
+        chosen = loaded.scenario
     return chosen if seed is None else chosen.model_copy(update={"seed": seed})
 
 
@@ -238,10 +252,12 @@ def _kv_tokens(scenario: Scenario, model: ModelSpec, device: DeviceProfile | Non
     return scenario.engine.kv_tokens
 
 
-def _report_progress(scheduler: Scheduler, traffic: Traffic, progress: Progress) -> None:
+def _report_progress(engine: Engine, traffic: Traffic, progress: Progress) -> None:
+    scheduler, expected = engine.scheduler, engine.workload.expected_requests()
+
     def step() -> None:
         if scheduler.steps % PROGRESS_EVERY_STEPS == 0:
-            progress(scheduler.now_ns, traffic.ended, len(scheduler.running), len(scheduler.waiting))
+            progress(scheduler.now_ns, traffic.ended, len(scheduler.running), len(scheduler.waiting), expected)
 
     scheduler.on_step = step
 

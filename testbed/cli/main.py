@@ -14,9 +14,11 @@ import tempfile
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
+import testbed
 from testbed.cli import compare, presets, report, run, simulate, trace, validate
 from testbed.scenario.errors import InputError
 
@@ -24,12 +26,28 @@ OK, MISSED, WRONG_INPUT, INTERNAL, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 130, 1
 
 app = typer.Typer(
     name="testbed",
-    help="Try LLM-serving strategies in virtual time; confirm them on a GPU.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"testbed {testbed.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Try LLM-serving strategies in virtual time; confirm them on a GPU."""
+
+
 for _command in (simulate.simulate, run.run, validate.validate, compare.compare, report.report, presets.presets):
     app.command()(_command)
 app.add_typer(trace.app, name="trace")
@@ -55,6 +73,7 @@ def invoke(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         return _flushed(BROKEN_PIPE)
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         file = _error_report(arguments, error)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import typer
 from testbed.cli import options
 from testbed.cli.folders import check_output, output_folder
 from testbed.cli.progress import Progress, progress_bar
-from testbed.cli.thresholds import Threshold, missed_thresholds, read_threshold
+from testbed.cli.thresholds import Threshold, check_thresholds, missed_thresholds, read_threshold
 
 if TYPE_CHECKING:
     from testbed.scenario.load import LoadedScenario
@@ -31,10 +32,12 @@ def simulate(
     fail_if: options.FailIf = None,
     report: options.WriteReport = True,
     trace: options.WriteTrace = False,
+    trace_window: options.TraceWindow = None,
     progress: options.ShowProgress = True,
 ) -> None:
     """Run a scenario in virtual time; print the result, write a run folder."""
     thresholds = [read_threshold(text) for text in fail_if or ()]
+    window = options.read_window(trace_window)
     loaded = options.read_scenario(scenario, settings, seed, percentiles)
 
     def execute(one: Scenario, tick: Progress | None) -> Any:
@@ -42,7 +45,7 @@ def simulate(
 
         return api.simulate(one, progress=tick)
 
-    run_scenario(loaded, execute, output, thresholds, report=report, trace=trace, progress=progress)
+    run_scenario(loaded, execute, output, thresholds, report=report, trace=trace, window=window, progress=progress)
 
 
 def run_scenario(
@@ -53,28 +56,56 @@ def run_scenario(
     *,
     report: bool,
     trace: bool,
+    window: tuple[int, int] | None,
     progress: bool,
 ) -> None:
     """Run a scenario, or each of its variants; print, save, report; ends with status 1 when a threshold is missed."""
     check_output(output)
+    check_thresholds(thresholds, loaded.scenario)
     _check_variants(loaded)
     folder: Path | None = None
     runs: list[tuple[Path, Any]] = []
     reasons: list[str] = []
     for name, one in (loaded.variants or {"": loaded.scenario}).items():
-        with options.located(loaded, name), progress_bar(one.name, progress) as tick:
-            run = execute(one, tick)
-        folder = folder or output_folder(output, loaded.scenario.name)  # not before there is something to put into it
-        run.save(folder / name)
-        print(f"{run.table()}\n\nrun: {folder / name}\n", flush=True)
+        with options.located(loaded, name):
+            with _interruptible(folder), progress_bar(one.name, progress) as tick:
+                run = execute(one, tick)
+            folder = folder or output_folder(output, loaded.scenario.name)  # not before there is something to put in
+            _save(run, folder / name)
+        print(f"{run.table()}\n\nrun: {folder / name}", flush=True)
+        for note in run.meta["notes"]:
+            if not note.startswith(("unmeasured: ", "guess: ")):  # these are in the report; what was cut is news
+                print(f"note: {note}", file=sys.stderr)
         runs.append((folder / name, run))
         prefix = f"{name}: " if name else ""
         reasons += [prefix + reason for reason in missed_thresholds(run, thresholds)]
-    _report(runs, compared=bool(loaded.variants), report=report, trace=trace)
+    _report(runs, loaded.scenario.name if loaded.variants else "", report=report, trace=trace, window=window)
     for reason in reasons:
         print(f"missed: {reason}", file=sys.stderr)
     if reasons:
         raise typer.Exit(1)
+
+
+@contextmanager
+def _interruptible(folder: Path | None) -> Iterator[None]:
+    """Say on Ctrl-C where the variants are that had finished."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if folder is not None:
+            print(f"finished variants are in {folder}", file=sys.stderr)
+        raise
+
+
+def _save(run: Any, folder: Path) -> None:
+    """Save the run; also one without figures is told where it lies."""
+    from testbed.metrics.window import EmptyWindow
+
+    try:
+        run.save(folder)
+    except EmptyWindow:
+        print(f"run: {folder}", flush=True)
+        raise
 
 
 def _check_variants(loaded: LoadedScenario) -> None:
@@ -86,22 +117,25 @@ def _check_variants(loaded: LoadedScenario) -> None:
             build_engine(one)
 
 
-def _report(runs: list[tuple[Path, Any]], *, compared: bool, report: bool, trace: bool) -> None:
-    """The comparison of variants or the report of a single run; Perfetto traces."""
+def _report(
+    runs: list[tuple[Path, Any]], compared: str, *, report: bool, trace: bool, window: tuple[int, int] | None
+) -> None:
+    """The report of each run, the comparison of variants (``compared``: what they are variants of), Perfetto traces."""
+    if report:
+        from testbed.report import write_report
+
+        for place, run in runs:
+            page = write_report(run, place)
+        if not compared:
+            print(f"report: {page}", flush=True)
     if compared:
         from testbed.study.compare import compare
 
         comparison = compare([run for _, run in runs])
-        print(comparison.table(), flush=True)
+        print(f"\n{comparison.table()}", flush=True)
         folder = comparison.save(runs[0][0].parent / "comparison")
-    else:
-        folder = runs[0][0]
-    if report:
-        from testbed.report import write_report
-
-        print(f"\nreport: {write_report([run for _, run in runs], folder)}", flush=True)
-    if trace:
-        from testbed.report import write_trace
-
+        if report:
+            print(f"report: {write_report(comparison.runs, folder, title=compared)}", flush=True)
+    if trace or window:
         for place, run in runs:
-            print(f"trace: {write_trace(run, place / 'trace.pftrace')}", flush=True)
+            print(options.written_trace(run, place / "trace.pftrace", window), flush=True)

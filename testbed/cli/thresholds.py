@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from testbed.scenario.describe import did_you_mean
 from testbed.scenario.errors import InputError
+
+if TYPE_CHECKING:
+    from testbed.scenario.schema import Scenario
 
 _FORM = re.compile(r"\s*(?P<key>[a-z][\w.]*)\s*(?P<sign><=|>=|<|>)\s*(?P<limit>\S+)\s*")
 _SIGNS: dict[str, Callable[[float, float], bool]] = {
@@ -62,11 +65,34 @@ def read_threshold(text: str) -> Threshold:
     return Threshold(text, key, found["sign"], limit)
 
 
+def check_thresholds(thresholds: Sequence[Threshold], scenario: Scenario) -> None:
+    """Raise InputError for a figure that no run of ``scenario`` has, before the run has taken its time."""
+    if not thresholds:
+        return
+    import numpy as np
+
+    from testbed.metrics.recorder import Recorder
+    from testbed.metrics.run import Run
+
+    records = Recorder().records({}, b"")
+    records.steps["flops"] = records.steps["bytes"] = np.zeros(0)  # the cost model adds them to a run
+    nothing = Run({}, records)
+    slo = scenario.slo.model_dump() if scenario.slo else None
+    figures = nothing.aggregates(_percentiles(thresholds, scenario.percentiles), slo=slo)
+    for threshold in thresholds:
+        threshold.missed(figures)
+
+
+def _percentiles(thresholds: Sequence[Threshold], chosen: Sequence[float]) -> list[float]:
+    """The chosen percentiles and those that thresholds speak of."""
+    asked = [float(found[1]) for threshold in thresholds if (found := _PERCENTILE.match(threshold.key))]
+    return list(dict.fromkeys([*chosen, *asked]))
+
+
 def missed_thresholds(run: Any, thresholds: list[Threshold]) -> list[str]:
     """Everything that the run (``testbed.metrics.run.Run``) missed: limits of its ``slo``, then ``--fail-if``."""
     late = [
         f"slo: {mark.key} is {mark.value:g}, the limit is {mark.limit:g}" for mark in run.slo_marks() if not mark.met
     ]
-    asked = [float(found[1]) for threshold in thresholds if (found := _PERCENTILE.match(threshold.key))]
-    figures = run.aggregates(percentiles=list(dict.fromkeys([*run.percentiles, *asked])))
+    figures = run.aggregates(percentiles=_percentiles(thresholds, run.percentiles))
     return late + [reason for threshold in thresholds if (reason := threshold.missed(figures))]

@@ -22,7 +22,7 @@ from testbed.metrics.columns import Floats, Ints, floats, ints, request_latencie
 from testbed.metrics.laws import merged
 from testbed.metrics.records import Records
 from testbed.metrics.table import result_table
-from testbed.metrics.window import Window, measure_window
+from testbed.metrics.window import EmptyWindow, Window, measure_window
 from testbed.ports import Stage
 from testbed.scenario.errors import InputError
 
@@ -46,6 +46,12 @@ class Run:
     """The resolved scenario, as plain data."""
     records: Records
     meta: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+    """Where the run was saved to or loaded from."""
+
+    def __repr__(self) -> str:
+        label = str(self.meta.get("label", ""))
+        return f"<Run {self.name!r}{label and f' ({label})'}: {self.records!r}>"
 
     @property
     def name(self) -> str:
@@ -180,24 +186,33 @@ class Run:
         heading = {"Scenario": self.name, "Run": str(self.meta.get("label", ""))}
         heading |= {key.capitalize(): str(self.meta[key]) for key in ("model", "device", "host") if key in self.meta}
         heading = {label: words for label, words in heading.items() if words}
-        return result_table(self.aggregates(), self.percentiles, self.slo_marks(), heading, self.records.counters)
+        notes = [str(note) for note in self.meta.get("notes", [])]
+        return result_table(
+            self.aggregates(), self.percentiles, self.slo_marks(), heading, self.records.counters, notes
+        )
 
     def save(self, folder: Path | str, *, parquet: bool | None = None) -> Path:
         """Write the run folder; ``parquet``: None chooses Parquet where pyarrow is installed, else CSV.
 
         Raises:
             InputError: the folder holds something already.
+            EmptyWindow: there are no figures; the folder is written, with null for each of them.
         """
         folder = files.new_folder(Path(folder))
         files.write_yaml(self.scenario, folder / "scenario.resolved.yaml")
         files.write_records(self.records, folder, parquet)
         (folder / "decisions.sha256").write_text(f"{self.decision_digest}  decisions.bin\n", encoding="utf-8")
         meta = {key: value for key, value in self.meta.items() if key != "provenance"}
+        empty: EmptyWindow | None = None
+        try:
+            figures: dict[str, Any] = {**self.aggregates(), "intervals": self.intervals()}
+            figures["slo"] = [mark._asdict() for mark in self.slo_marks()]
+        except EmptyWindow as error:
+            empty = error
+            figures = {**dict.fromkeys(self.aggregates(measure={})), "intervals": {}, "slo": []}
         content = {
             "format": files.FORMAT,
-            **self.aggregates(),
-            "intervals": self.intervals(),
-            "slo": [mark._asdict() for mark in self.slo_marks()],
+            **figures,
             "counters": self.records.counters,
             "decision_digest": self.decision_digest,
             "files": files.digests(folder),
@@ -205,6 +220,9 @@ class Run:
             "provenance": self.meta.get("provenance", {}),
         }
         files.write_json(content, folder / "run.json")
+        self.folder = folder
+        if empty is not None:
+            raise empty
         return folder
 
     @classmethod
@@ -228,7 +246,7 @@ class Run:
         scenario = files.read_yaml(folder / "scenario.resolved.yaml")
         records = files.read_records(folder, dict(content.get("counters", {})))
         meta = {**content.get("meta", {}), "provenance": content.get("provenance", {})}
-        run = cls(scenario, records, meta)
+        run = cls(scenario, records, meta, folder)
         digest = files.read_bytes(folder / "decisions.sha256").decode("utf-8", "replace").split()
         if digest[:1] != [run.decision_digest]:
             raise InputError("the decision log does not match its digest", where=str(folder / "decisions.bin"))

@@ -12,6 +12,10 @@ from testbed.metrics.records import Records
 from testbed.scenario.errors import InputError
 
 
+class EmptyWindow(InputError):
+    """The measure window holds no time: a run has records, but no figures."""
+
+
 class Window(NamedTuple):
     """Times from ``start_ns`` up to, not including, ``end_ns``; the end of a drained run belongs to it."""
 
@@ -44,7 +48,7 @@ def measure_window(records: Records, measure: Mapping[str, Any] | None = None) -
     ``last_arrival``, or at ``{seconds: s}`` on the run's clock, but not after the run itself.
 
     Raises:
-        InputError: the window holds no time although the run has requests.
+        EmptyWindow: the window holds no time although the run has requests.
     """
     measure = measure or {}
     start = round(float(measure.get("skip_s", 0.0)) * NS_PER_S)
@@ -62,7 +66,7 @@ def measure_window(records: Records, measure: Mapping[str, Any] | None = None) -
             remedy="Write drained, last_arrival or {seconds: NUMBER}.",
         )
     if end <= start and len(ints(records.requests, "arrival_ns")) and run_end_ns(records) > 0:
-        raise InputError(
+        raise EmptyWindow(
             f"the measure window is empty: it starts at {start / NS_PER_S:g} s and ends at {end / NS_PER_S:g} s",
             where="measure",
             remedy=f"The run ended at {run_end_ns(records) / NS_PER_S:g} s: lower skip_s, or measure until drained.",

@@ -31,14 +31,21 @@ from testbed.workload.traces.rows import SECOND_NS
 
 
 def build_workload(
-    config: WorkloadConfig, *, seed: int, context_length: int, vocab_size: int, base_dir: Path
+    config: WorkloadConfig,
+    *,
+    seed: int,
+    context_length: int,
+    vocab_size: int,
+    base_dir: Path,
+    bound_by: str = "engine.context_length",
 ) -> Workload:
     """The workload that a scenario describes.
 
-    ``context_length``: tokens of prompt and output together that the engine takes; ``base_dir``: where relative paths
-    start. Files are read once here, so that what is wrong in them is said before the run. Raises InputError.
+    ``context_length``: tokens of prompt and output together that the engine takes; ``bound_by``: the field that this
+    follows from; ``base_dir``: where relative paths start. Files are read once here, so that what is wrong in them is
+    said before the run. Raises InputError.
     """
-    terms = Terms(config, context_length)
+    terms = Terms(config, context_length, bound_by)
     until_ns = None if config.duration_s is None else round(config.duration_s * SECOND_NS)
     if config.requests is None:
         contents, available = _drawn(config, terms, seed, vocab_size, base_dir)
@@ -85,9 +92,9 @@ def _check_smallest(lengths: IndependentLengths, terms: Terms, base_dir: Path) -
     smallest = [int(whole_tokens(quantiles(shortest))[0]) for quantiles in (prompt, output)]
     if not terms.fits(*smallest):
         raise InputError(
-            f"{smallest[0]} + {smallest[1]} tokens exceed the context of {terms.context_length}",
+            f"{smallest[0]} + {smallest[1]} tokens exceed {terms.limit}",
             where="workload.lengths",
-            remedy="shorter lengths, or a model with a longer context",
+            remedy=f"shorter lengths, or a larger {terms.bound_by}",
         )
 
 

@@ -80,7 +80,7 @@ def cut_note(requests: int, terms: Terms) -> list[str]:
     """How many drawn requests did not fit the context."""
     if not requests:
         return []
-    return [f"{requests} drawn requests were longer than the context of {terms.context_length} tokens and were cut"]
+    return [f"{requests} drawn requests were longer than {terms.limit} and were cut"]
 
 
 class _Turn(NamedTuple):
@@ -163,9 +163,7 @@ class SessionRequests:
         """See ``Contents``."""
         notes = cut_note(self._cut, self._terms)
         if self._full:
-            notes.append(
-                f"{self._full} turns were not sent: the context of {self._terms.context_length} tokens was full"
-            )
+            notes.append(f"{self._full} turns were not sent: {self._terms.limit} were used up")
         if self._broken:
             notes.append(f"{self._broken} turns were not sent: a turn before them produced nothing")
         return notes

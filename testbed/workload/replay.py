@@ -72,8 +72,8 @@ class TraceWindow:
         if self.scan.too_long and self._terms is not None:
             what = "cut" if self._config.too_long == "truncate" else "dropped"
             notes.append(
-                f"{self.scan.too_long} requests of {self.path.name} were longer than the context of "
-                f"{self._terms.context_length} tokens and were {what}"
+                f"{self.scan.too_long} requests of {self.path.name} were longer than {self._terms.limit} "
+                f"and were {what}"
             )
         return notes
 
@@ -119,8 +119,8 @@ class TraceWindow:
         if self._config.too_long == "reject":
             raise self.file.error_at(
                 row,
-                f"{row.prompt_tokens} + {row.output_tokens} tokens exceed the context of {self._terms.context_length}",
-                "too_long: truncate or drop, or a model with a longer context",
+                f"{row.prompt_tokens} + {row.output_tokens} tokens exceed {self._terms.limit}",
+                f"too_long: truncate or drop, or a larger {self._terms.bound_by}",
             )
         scan.too_long += 1
         if self._config.too_long == "drop":

@@ -13,18 +13,24 @@ from testbed.workload.base import TimedRequest
 class Terms:
     """Makes requests out of prompts and true output lengths."""
 
-    def __init__(self, config: WorkloadConfig, context_length: int) -> None:
+    def __init__(self, config: WorkloadConfig, context_length: int, bound_by: str) -> None:
         if context_length < 2:
             raise InputError(
                 f"a context of {context_length} tokens",
-                where="engine.context_length",
+                where=bound_by,
                 remedy="at least 2: one token of prompt, one of output",
             )
         self.context_length = context_length
+        self.bound_by = bound_by
         told = config.max_new_tokens
         self._fixed = told if isinstance(told, int) else None
         self._ratio = told["ratio"] if isinstance(told, dict) else 1.0
         self._ignore_eos = told == "output" if config.ignore_eos is None else config.ignore_eos
+
+    @property
+    def limit(self) -> str:
+        """``context_length`` in words, with the field that sets it."""
+        return f"the {self.context_length:,} tokens that {self.bound_by} allows"
 
     def fits(self, prompt_tokens: int, output_tokens: int) -> bool:
         """Whether prompt and whole output are no longer than the context."""

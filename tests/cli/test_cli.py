@@ -9,8 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
+from testbed import simulate
 from testbed.cli.main import INTERNAL, INTERRUPTED, MISSED, OK, WRONG_INPUT, invoke
+from testbed.scenario.errors import InputError
 
 SCENARIO = """\
 name: Small & quick
@@ -114,6 +117,40 @@ class TestThresholds:
     def test_unknown_figure(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert invoke(["simulate", "s.yaml", "--no-report", "--fail-if", "throughputt>1"]) == WRONG_INPUT
         assert "there is no figure 'throughputt'" in capsys.readouterr().err
+        assert not (folder / "runs").exists()  # it is refused before the run
+
+    def test_figures_of_the_slo_are_known(self, folder: Path) -> None:
+        slo = ["--set", "slo={ttft_ms: {p99: 1000}}"]
+        assert invoke(["simulate", "s.yaml", "--no-report", *slo, "--fail-if", "request_goodput<1"]) == OK
+
+
+def test_a_run_without_figures_is_kept(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(["simulate", "s.yaml", "--set", "measure.skip_s=1000"]) == WRONG_INPUT
+    captured = capsys.readouterr()
+    assert "run: runs/small-quick-1" in captured.out
+    assert "measure: the measure window is empty" in captured.err
+    saved = json.loads((folder / "runs/small-quick-1/run.json").read_text())
+    assert saved["completed"] is None and saved["counters"]["steps"] > 0
+
+
+def test_what_was_cut_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lengths = "{prompt_tokens: {kind: uniform, low: 50, high: 900}, output_tokens: 5}"
+    settings = ["--set", "engine.kv_tokens=128", "--set", f"workload.lengths={lengths}"]
+    assert invoke(["simulate", "s.yaml", "--no-report", *settings]) == OK
+    (note,) = capsys.readouterr().err.splitlines()
+    assert note.startswith("note: ") and note.endswith("the 122 tokens that engine.kv_tokens allows and were cut")
+    saved = json.loads((folder / "runs/small-quick-1/run.json").read_text())
+    assert note.removeprefix("note: ") in saved["meta"]["notes"]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(["--version"]) == OK
+    assert capsys.readouterr().out.startswith("testbed 0.")
+
+
+def test_python_refuses_several_variants() -> None:
+    with pytest.raises(InputError, match=r"(?s)several runs.*variants"):
+        simulate({**YAML(typ="safe").load(SCENARIO), "compare": {"a": {"seed": 1}, "b": {"seed": 2}}})
 
 
 def test_validate_says_what_follows(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

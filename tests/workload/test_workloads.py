@@ -95,7 +95,7 @@ def test_what_does_not_fit_the_context_is_cut_and_counted() -> None:
 
 
 def test_what_can_never_fit_is_refused() -> None:
-    with pytest.raises(InputError, match="exceed the context"):
+    with pytest.raises(InputError, match="exceed the"):
         build(
             {"arrivals": POISSON, "lengths": {"prompt_tokens": 90, "output_tokens": 20}, "count": 2}, context_length=100
         )
@@ -221,7 +221,7 @@ def test_sessions_stop_when_the_context_is_full_or_nothing_came() -> None:
     }
     full = build(config, context_length=100)
     assert len(serve(full)) == 9  # 30, 60, 90 tokens; 120 would be too many
-    assert full.notes() == ["6 turns were not sent: the context of 100 tokens was full"]
+    assert full.notes() == ["6 turns were not sent: the 100 tokens that engine.context_length allows were used up"]
     assert full.expected_requests() == 15
     broken = build(config)
     assert len(serve(broken, output=lambda _: np.empty(0, np.int32))) == 3
@@ -381,7 +381,7 @@ def test_too_long_and_empty_rows(tmp_path: Path) -> None:
     assert (lengths, expected) == ([(10, 5)], 1)
     assert notes == [
         "1 requests of t.csv have no output and were dropped",
-        "2 requests of t.csv were longer than the context of 100 tokens and were dropped",
+        "2 requests of t.csv were longer than the 100 tokens that engine.context_length allows and were dropped",
     ]
     lengths, notes, _ = of(too_long="truncate", zero_output="drop")
     assert lengths == [(10, 5), (95, 5), (1, 99)]
