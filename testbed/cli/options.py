@@ -29,6 +29,31 @@ ShowProgress = Annotated[bool, typer.Option("--progress/--no-progress", help="A 
 WriteReport = Annotated[bool, typer.Option("--report/--no-report", help="Write report.html.")]
 WriteTrace = Annotated[bool, typer.Option("--trace/--no-trace", help="Write trace.pftrace for Perfetto.")]
 
+TraceWindow = Annotated[
+    str | None,
+    typer.Option(metavar="A:B", help="Trace from second A to second B of the run; default: its first 5,000 steps."),
+]
+
+
+def read_window(text: str | None) -> tuple[int, int] | None:
+    """``A:B`` in seconds as nanoseconds; raises InputError for anything else."""
+    if text is None:
+        return None
+    try:
+        begin, end = (round(float(part) * 1e9) for part in text.split(":"))
+    except (ValueError, OverflowError):
+        remedy = "two numbers of seconds, such as --trace-window 10:20"
+        raise InputError(f"{text!r} is no window of time", where="--trace-window", remedy=remedy) from None
+    return begin, end
+
+
+def written_trace(run: Any, path: Path, window: tuple[int, int] | None) -> str:
+    """Write a Perfetto trace; a line that says where it is and which part of the run it covers."""
+    from testbed.report.trace import covered, write_trace
+
+    begin, end, whole = (time / 1e9 for time in covered(run, window))
+    return f"trace: {write_trace(run, path, window)} ({begin:.6g} s to {end:.6g} s of a run of {whole:.6g} s)"
+
 
 def read_scenario(
     path: Path, settings: Sequence[str] | None, seed: int | None = None, percentiles: str | None = None

@@ -25,10 +25,12 @@ def run(
     fail_if: options.FailIf = None,
     report: options.WriteReport = True,
     trace: options.WriteTrace = False,
+    trace_window: options.TraceWindow = None,
     progress: options.ShowProgress = True,
 ) -> None:
     """Run a scenario in real time; print the result, write a run folder."""
     thresholds = [read_threshold(text) for text in fail_if or ()]
+    window = options.read_window(trace_window)
     loaded = options.read_scenario(scenario, settings, seed, percentiles)
 
     def execute(one: Scenario, tick: Progress | None) -> Any:
@@ -36,4 +38,4 @@ def run(
 
         return api.execute(one, paced=paced, progress=tick)
 
-    run_scenario(loaded, execute, output, thresholds, report=report, trace=trace, progress=progress)
+    run_scenario(loaded, execute, output, thresholds, report=report, trace=trace, window=window, progress=progress)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from testbed.metrics.aggregate import LATENCIES
 from testbed.metrics.bootstrap import interval
 from testbed.metrics.columns import ints
 from testbed.metrics.run import Run
@@ -19,11 +20,8 @@ from testbed.scenario.errors import InputError
 
 Interval = tuple[float, float]
 
-HEADLINE = (
-    "request_throughput",
-    "request_goodput",
-    "output_throughput",
-    *(f"{which}_{name}_ms" for name in ("ttft", "tpot", "itl", "e2el") for which in ("mean", "p50", "p99")),
+_RATES = ("request_throughput", "request_goodput", "output_throughput")
+_SHARES = (
     "mean_queue_ms",
     "device_busy_percent",
     "bubble_host_percent",
@@ -35,7 +33,17 @@ HEADLINE = (
     "extra_rows",
     "retractions",
 )
-"""Figures of a comparison's table, where a run has them."""
+
+
+def headline(percentiles: Sequence[float]) -> tuple[str, ...]:
+    """Keys of the figures in a comparison's table, where a run has them."""
+    which = ["mean", *(f"p{percentile:g}" for percentile in percentiles)]
+    return (*_RATES, *(f"{one}_{name}_ms" for name in LATENCIES for one in which), *_SHARES)
+
+
+def shared_percentiles(runs: Sequence[Run]) -> tuple[float, ...]:
+    """The percentiles that any of the runs asks for, ascending."""
+    return tuple(np.unique([percentile for run in runs for percentile in run.percentiles]).tolist())
 
 
 @dataclass(frozen=True)
@@ -104,13 +112,14 @@ def differences(runs: Sequence[Run], baseline: int = 0) -> list[Figure]:
     paired = [same_requests(run, base) for run in runs]
     # Unpaired runs draw with seeds of their own: equal draws of unlike requests would feign a pairing.
     seeds = [base.seed if pair else base.seed + 1 + index for index, pair in enumerate(paired)]
-    draws = [run.resampled(base.percentiles, seed) for run, seed in zip(runs, seeds, strict=True)]
-    figures = [run.aggregates(percentiles=base.percentiles) for run in runs]
+    percentiles = shared_percentiles(runs)
+    draws = [run.resampled(percentiles, seed) for run, seed in zip(runs, seeds, strict=True)]
+    figures = [run.aggregates(percentiles=percentiles) for run in runs]
     rows = []
     for metric in figures[baseline]:
         for index, name in enumerate(names):
             drawn = metric in draws[index]
-            value, before = float(figures[index][metric]), float(figures[baseline][metric])
+            value, before = figures[index][metric], figures[baseline][metric]
             gap = interval(draws[index][metric] - draws[baseline][metric]) if drawn else None
             own = interval(draws[index][metric]) if drawn else None
             ratio = value / before if before else float("nan")
@@ -124,7 +133,8 @@ def differences(runs: Sequence[Run], baseline: int = 0) -> list[Figure]:
 
 
 def run_names(runs: Sequence[Run]) -> list[str]:
-    """A name for each run, all different: its variant or scenario name, told apart by the fields that differ."""
+    """A name for each run, all different: its variant or scenario name, told apart by the fields that differ, then by
+    whether it was simulated or paced, then by its loop."""
     names = [str(run.meta.get("variant") or run.name) for run in runs]
     flat = [_flatten(run.scenario) for run in runs]
     keys = list(dict.fromkeys(key for fields in flat for key in fields if key != "name"))
@@ -133,6 +143,12 @@ def run_names(runs: Sequence[Run]) -> list[str]:
     for fields, name in zip(flat, names, strict=True):
         words = ", ".join(f"{key.rpartition('.')[2]}={fields.get(key)}" for key in telling)
         full.append(f"{name} ({words})" if names.count(name) > 1 and words else name)
+    for key in ("label", "loop"):
+        told = [str(run.meta.get(key, "")) for run in runs]
+        kinds = {name: {word for other, word in zip(full, told, strict=True) if other == name} for name in full}
+        full = [
+            f"{name} ({word})" if word and len(kinds[name]) > 1 else name for name, word in zip(full, told, strict=True)
+        ]
     return [
         f"{name} #{full[:index].count(name) + 1}" if full.count(name) > 1 else name for index, name in enumerate(full)
     ]

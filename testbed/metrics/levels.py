@@ -29,7 +29,8 @@ class Levels(NamedTuple):
 
     def held_ns(self, begin_ns: int, end_ns: int) -> Ints:
         """How long each value stands between two times: int64 [changes]."""
-        return np.diff(np.clip(np.append(self.since_ns, max(end_ns, begin_ns)), begin_ns, end_ns))
+        cuts = np.append(self.since_ns, end_ns).clip(begin_ns, end_ns)
+        return np.asarray(np.diff(cuts), dtype=np.int64)
 
 
 def levels(records: Records, meta: Mapping[str, Any], replica: int) -> Levels:
@@ -71,4 +72,4 @@ def levels(records: Records, meta: Mapping[str, Any], replica: int) -> Levels:
 
 def _taken(column: Floats, index: Ints) -> Floats:
     """``column[index]``; 0 for an empty column."""
-    return column[np.maximum(index, 0)] if len(column) else np.zeros(len(index))
+    return column.take(np.maximum(index, 0)) if len(column) else np.zeros(len(index))

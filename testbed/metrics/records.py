@@ -76,7 +76,7 @@ SPAN_COLUMNS = {
 }
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Records:
     """The columns of one run. ``requests`` are in order of arrival."""
 
@@ -90,3 +90,7 @@ class Records:
     """The decision log (format: ``docs/decision_log.md``)."""
     counters: dict[str, int] = field(default_factory=dict)
     """Whole-run counts: loop iterations, empty iterations, invariant checks by id, evictions, ..."""
+
+    def __repr__(self) -> str:
+        requests, steps = (len(next(iter(table.values()), ())) for table in (self.requests, self.steps))
+        return f"<Records: {requests} requests, {steps} steps, {len(self.token_times_ns)} tokens>"

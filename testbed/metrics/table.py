@@ -11,6 +11,8 @@ from testbed.ports import Stage
 WIDTH = 58
 _LABEL = 40
 _CHECK = "check_"
+_INPUTS = ("guess: ", "unmeasured: ")
+"""How notes on inputs without a measurement begin."""
 
 
 def result_table(
@@ -19,10 +21,12 @@ def result_table(
     marks: Iterable[SloMark] = (),
     heading: Mapping[str, str] | None = None,
     counters: Mapping[str, int] | None = None,
+    notes: Sequence[str] = (),
 ) -> str:
     """Text of the result: thresholds first, then requests, throughput, latencies, device, KV cache, loop.
 
-    ``figures``: a run's aggregates; ``heading``: labels and words for the top; ``counters``: the run's own counts.
+    ``figures``: a run's aggregates; ``heading``: labels and words for the top; ``counters``: the run's own counts;
+    ``notes``: those on guessed or unmeasured inputs are counted, the others are told in full, a line each.
     """
     lines = [" Serving Benchmark Result ".center(WIDTH, "=")]
     lines += [f"{label + ':':<{_LABEL}} {words}" for label, words in (heading or {}).items()]
@@ -42,7 +46,18 @@ def result_table(
         if title == "Event loop":
             section += [_row(name, count) for name, count in told_counters(counters or {}, figures).items()]
         lines += [_section(title), *section] if section else []
+    guessed, others = parted_notes(notes)
+    told = [f"Guessed or unmeasured inputs: {len(guessed)} (listed in the report)"] if guessed else []
+    told += [f"Note: {note}" for note in others]
+    lines += [_section("Notes"), *told] if told else []
     return "\n".join([*lines, "=" * WIDTH])
+
+
+def parted_notes(notes: Iterable[str]) -> tuple[list[str], list[str]]:
+    """A run's notes as (those on guessed or unmeasured inputs, all others), each said once."""
+    once = list(dict.fromkeys(notes))
+    guessed = [note for note in once if note.startswith(_INPUTS)]
+    return guessed, [note for note in once if not note.startswith(_INPUTS)]
 
 
 def told_counters(counters: Mapping[str, int], figures: Mapping[str, float]) -> dict[str, int]:
@@ -75,6 +90,18 @@ def number(value: float) -> str:
     if isinstance(value, int):
         return f"{value:d}"
     return f"{value:.4f}" if 1e-4 <= abs(value) < 0.1 else f"{value:.2f}"
+
+
+def signed(value: float) -> str:
+    """A difference for a person: with its sign, whole from 1,000 on, ``-`` where undefined."""
+    if math.isnan(value):
+        return "-"
+    return f"{value:+,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:+.3g}"
+
+
+def percent_more(ratio: float) -> str:
+    """A ratio as percent above or below the whole; '' where undefined."""
+    return "" if math.isnan(ratio) else f"{100 * (ratio - 1):+.1f} %"
 
 
 _OVERALL = (

@@ -35,23 +35,29 @@ PARTS = {
 }
 SAMPLE = 40
 """Requests in the per-request figure."""
+_LINES = ("-", "--", "-.", ":")
+"""Line styles of the first, second, ... round through the palette."""
 _LOG_FROM = 15
 """A latency axis is logarithmic where p99.5 exceeds p0.5 by this factor."""
+_LEAST = 0.001
+"""A bar's label and axis tell nothing smaller than this apart from 0."""
 
 
 def latency_cdf(runs: Sequence[Run], names: Sequence[str]) -> Figure:
-    """Distribution of TTFT, TPOT, ITL and E2E latency, the runs overlaid; limits of the SLO as red marks."""
-    figure, panels = style.new_figure(5.6, 2, 2)
+    """Distribution of TTFT, TPOT, ITL and E2E latency, the runs overlaid; limits of the SLO as broken lines."""
+    columns = max(1, min(4, int(style.WIDTH_IN / (0.5 + 0.075 * max(map(len, names))))))
+    figure, panels = style.new_figure(5.6 + 0.2 * (-(-len(runs) // columns) - 1), 2, 2)
     limits = slo_limits(runs[0].scenario.get("slo"))
     for axes, (key, title) in zip(panels, LATENCIES.items(), strict=True):
         everything = []
-        for run, name, colour in zip(runs, names, _colours(len(runs)), strict=True):
+        for index, (run, name, colour) in enumerate(zip(runs, names, _colours(len(runs)), strict=True)):
             values = run.samples()[key].values_ms
             if len(values):
-                axes.plot(*cumulative(values), color=colour, label=name, drawstyle="steps-post")
+                line = _LINES[index // len(style.SERIES) % len(_LINES)]
+                axes.plot(*cumulative(values), color=colour, label=name, drawstyle="steps-post", linestyle=line)
                 everything.append(values)
                 if len(runs) == 1:
-                    _mark_percentiles(axes, values, colour)
+                    _mark_percentiles(axes, values, run.percentiles, colour)
         for which, limit in [(which, limit) for name, which, limit in limits if name == key]:
             axes.axvline(limit, color=style.RED, linewidth=1.2, linestyle=(0, (4, 2)))
             _note(axes, f"SLO {which}", (limit, 0.05), (4, 0), style.RED)
@@ -60,15 +66,16 @@ def latency_cdf(runs: Sequence[Run], names: Sequence[str]) -> Figure:
         _latency_scale(axes, everything)
     if len(runs) > 1:
         handles, labels = panels[-1].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper right", ncols=min(len(labels), 4))
+        figure.legend(handles, labels, loc="outside upper right", ncols=min(len(labels), columns))
     return figure
 
 
-def _mark_percentiles(axes: Axes, values: Floats, colour: str) -> None:
-    for percent in (50, 99):
+def _mark_percentiles(axes: Axes, values: Floats, percentiles: Sequence[float], colour: str) -> None:
+    """Mark the lowest and the highest of the percentiles that the run asks for."""
+    for percent in [min(percentiles), max(percentiles)][: len(percentiles)] if percentiles else []:
         at = float(np.percentile(values, percent))
         axes.plot([at], [percent / 100], "o", color=colour, markersize=4.5)
-        _note(axes, f"p{percent}  {_digits(at)} ms", (at, percent / 100), (6, -11))
+        _note(axes, f"p{percent:g}  {_digits(at)} ms", (at, percent / 100), (6, -11))
 
 
 def _note(axes: Axes, text: str, at: tuple[float, float], shift: tuple[float, float], colour: str = style.INK) -> None:
@@ -283,7 +290,8 @@ def comparison_bars(figures: Sequence[Compared], metrics: Sequence[str]) -> Figu
     rows = -(-len(metrics) // columns)
     by_metric = {metric: [one for one in figures if one.metric == metric] for metric in metrics}
     names = [fill(one.run, 24) for one in by_metric[metrics[0]]]
-    figure, panels = style.new_figure(0.7 + rows * (0.75 + 0.3 * len(names)), rows, columns, sharey=True)
+    each_in = max(0.3, 0.1 + 0.16 * max(name.count("\n") + 1 for name in names))
+    figure, panels = style.new_figure(0.7 + rows * (0.75 + each_in * len(names)), rows, columns, sharey=True)
     for axes, metric in zip(panels, metrics, strict=False):
         cells = by_metric[metric]
         values = np.nan_to_num([cell.value for cell in cells])
@@ -298,15 +306,25 @@ def comparison_bars(figures: Sequence[Compared], metrics: Sequence[str]) -> Figu
             title=_title(metric),
             yticks=np.arange(len(names)),
             yticklabels=names,
-            xlim=(0, max(values.max() * 1.3, 1e-9)),
+            xlim=(0, max(values.max() * 1.3, _LEAST)),
         )
-        axes.xaxis.set_major_locator(MaxNLocator(4))
+        _bar_ticks(axes, percent=metric.endswith("_percent"))
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0, labelcolor=style.INK)
     for axes in panels[len(metrics) :]:
         axes.set_visible(False)
     panels[0].invert_yaxis()
     return figure
+
+
+def _bar_ticks(axes: Axes, *, percent: bool) -> None:
+    """Few ticks; a share's axis goes no further than 100 %, the room beyond is for its label."""
+    right = axes.get_xlim()[1]
+    last = min(right, 100.0) if percent else right
+    ticks = [tick for tick in MaxNLocator(4).tick_values(0, last) if 0 <= tick <= last]
+    axes.set_xticks(ticks)
+    if percent and right > 100:
+        axes.spines["bottom"].set_bounds(0, 100)
 
 
 def _title(metric: str) -> str:
@@ -323,6 +341,8 @@ def _title(metric: str) -> str:
 
 
 def _digits(value: float) -> str:
+    if 0 < abs(value) < _LEAST:
+        return f"< {_LEAST:g}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 import numpy as np
@@ -15,18 +17,17 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from testbed.metrics.aggregate import LATENCIES
-from testbed.metrics.comparison import HEADLINE, differences, run_names
 from testbed.metrics.comparison import Figure as Compared
+from testbed.metrics.comparison import differences, headline, run_names, shared_percentiles
 from testbed.metrics.files import plain
 from testbed.metrics.run import Run
-from testbed.metrics.table import number, told_counters
+from testbed.metrics.table import number, parted_notes, percent_more, signed, told_counters
 from testbed.report import figures, style
 from testbed.report.series import POINTS, time_bins
 from testbed.scenario.errors import InputError
 
-BAR_METRICS = ("mean_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "p99_tpot_ms", "mean_e2el_ms", "p99_itl_ms",
-               "request_goodput", "output_throughput", "device_busy_percent", "bubble_host_percent",
-               "mean_batch_size", "kv_use_mean_percent")  # fmt: skip
+MOST_RUNS = 40
+"""Runs that one page compares at most."""
 
 
 @dataclass(frozen=True)
@@ -40,19 +41,27 @@ class Plate:
 
 
 def write_report(
-    run_or_runs: Run | Sequence[Run], folder: Path | str, *, baseline: int = 0, page: str = "report.html"
+    run_or_runs: Run | Sequence[Run],
+    folder: Path | str,
+    *,
+    baseline: int = 0,
+    page: str = "report.html",
+    title: str = "",
 ) -> Path:
     """Write the page and, under ``figures/``, each figure as SVG and PNG; returns the page's path.
 
     A report is derived from its runs: one that is there already is replaced. Several runs make a comparison with
-    ``runs[baseline]``.
+    ``runs[baseline]``, with links to the reports that lie in the runs' own folders. ``title``: default, their names.
 
     Raises:
-        InputError: no run is given, or the folder cannot be written.
+        InputError: no run is given, more than a page can show, or the folder cannot be written.
     """
     runs = [run_or_runs] if isinstance(run_or_runs, Run) else list(run_or_runs)
     if not runs:
         raise InputError("a report needs a run")
+    if len(runs) > MOST_RUNS:
+        remedy = f"A page shows at most {MOST_RUNS}; testbed.study.compare(runs).frame() holds any number."
+        raise InputError(f"{len(runs)} runs are too many for one page", remedy=remedy)
     folder = Path(folder)
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
@@ -61,6 +70,7 @@ def write_report(
     content = _single(runs[0], folder) if len(runs) == 1 else _several(runs, baseline, folder)
     template = _environment().get_template("report.html")
     target = folder / page
+    content |= {"title": title} if title else {}
     target.write_text(template.render(theme=style.THEME, **content) + "\n", encoding="utf-8")
     return target
 
@@ -76,7 +86,7 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["figure"] = number
-    environment.filters["short"] = _short
+    environment.filters |= {"short": _short, "signed": signed, "percent_more": percent_more}
     return environment
 
 
@@ -101,8 +111,9 @@ def _single(run: Run, folder: Path) -> dict[str, Any]:
         "latencies": [("", _latency_rows(run, aggregates))],
         "percentiles": [f"p{percentile:g}" for percentile in run.percentiles],
         "sections": _single_sections(run, folder),
-        "notes": _notes([run]),
+        **_notes([run]),
         "comparison": None,
+        "pages": [],
         "aggregates": [(key, [value]) for key, value in aggregates.items()],
         "names": [run.name],
     }
@@ -141,6 +152,7 @@ _REQUESTS = (
 )
 _BATCH = "Tokens by the forward mode of the step that computed them."
 _KV = "Owned: held by requests. Cached: kept for reuse, may be evicted."
+_LOAD = f"Averages over time bins. {_KV}"
 _DEVICE = "A bubble is idle device time while requests are in the system; without requests there is no work."
 _HOST = "Stages of the loop on the host thread, without the wait for the device."
 
@@ -149,7 +161,8 @@ def _several(runs: Sequence[Run], baseline: int, folder: Path) -> dict[str, Any]
     names = run_names(runs)
     compared = differences(runs, baseline)
     known = {one.metric for one in compared if not np.isnan(one.value)}
-    bars = [metric for metric in BAR_METRICS if metric in known]
+    percentiles = shared_percentiles(runs)
+    bars = [metric for metric in _bar_metrics(percentiles) if metric in known]
     paired = all(one.paired for one in compared)
     note = (
         "All runs had the same requests, so differences are paired."
@@ -166,26 +179,45 @@ def _several(runs: Sequence[Run], baseline: int, folder: Path) -> dict[str, Any]
         _plate(folder, f"device_{index}", name, _DEVICE, partial(figures.device_timeline, run), titled=True)
         for index, (run, name) in enumerate(zip(runs, names, strict=True), start=1)
     ]
-    first = runs[baseline].percentiles
+    loads = [
+        _plate(folder, f"load_{index}", name, _LOAD, partial(figures.load_timeline, run), titled=True)
+        for index, (run, name) in enumerate(zip(runs, names, strict=True), start=1)
+    ]
     return {
         "title": " vs. ".join(names) if len(names) <= 3 else f"{len(names)} runs compared",
         "runs": [_run_facts(run, name) for run, name in zip(runs, names, strict=True)],
         "tiles": [],
         "marks": [],
         "latencies": [
-            (name, _latency_rows(run, run.aggregates(first), first)) for run, name in zip(runs, names, strict=True)
+            (name, _latency_rows(run, run.aggregates(percentiles), percentiles))
+            for run, name in zip(runs, names, strict=True)
         ],
-        "percentiles": [f"p{percentile:g}" for percentile in first],
-        "sections": [("figures", "Side by side", plates), ("device", "Device time of each run", timelines)],
-        "notes": _notes(runs),
-        "comparison": {"rows": _difference_rows(compared), "note": note, "baseline": names[baseline]},
+        "percentiles": [f"p{percentile:g}" for percentile in percentiles],
+        "sections": [
+            ("figures", "Side by side", plates),
+            ("load", "Load of each run", loads),
+            ("device", "Device time of each run", timelines),
+        ],
+        "pages": [
+            (name, address) for run, name in zip(runs, names, strict=True) if (address := _own_page(run, folder))
+        ],
+        **_notes(runs),
+        "comparison": {"rows": _difference_rows(compared, percentiles), "note": note, "baseline": names[baseline]},
         "aggregates": _all_figures(compared),
         "names": names,
     }
 
 
-def _difference_rows(compared: Sequence[Compared]) -> list[tuple[str, list[Compared]]]:
-    rows = [(metric, [one for one in compared if one.metric == metric]) for metric in HEADLINE]
+def _bar_metrics(percentiles: Sequence[float]) -> tuple[str, ...]:
+    """Figures that a comparison draws: means, the highest percentile of each latency, rates and shares."""
+    tail = f"p{max(percentiles, default=99):g}"
+    return ("mean_ttft_ms", f"{tail}_ttft_ms", "mean_tpot_ms", f"{tail}_tpot_ms", "mean_e2el_ms", f"{tail}_itl_ms",
+            "request_goodput", "output_throughput", "device_busy_percent", "bubble_host_percent",
+            "mean_batch_size", "kv_use_mean_percent")  # fmt: skip
+
+
+def _difference_rows(compared: Sequence[Compared], percentiles: Sequence[float]) -> list[tuple[str, list[Compared]]]:
+    rows = [(metric, [one for one in compared if one.metric == metric]) for metric in headline(percentiles)]
     return [(metric, cells) for metric, cells in rows if cells and not all(np.isnan(cell.value) for cell in cells)]
 
 
@@ -222,12 +254,20 @@ def _latency_rows(
     ]
 
 
+_FACTS = {
+    "label": "kind of run",
+    "kv_tokens": "KV capacity (tokens)",
+    "peak_flops": "device peak (FLOP/s)",
+    "peak_bytes_per_s": "device memory bandwidth (bytes/s)",
+}
+
+
 def _run_facts(run: Run, name: str) -> dict[str, Any]:
     meta = {key: value for key, value in run.meta.items() if key not in ("notes", "provenance")}
     window = run.window()
     facts = {
         **{
-            key: f"{value:g}" if isinstance(value, float) else value
+            _FACTS.get(key, key): f"{value:,.6g}" if isinstance(value, float) else value
             for key, value in meta.items()
             if isinstance(value, str | int | float)
         },
@@ -236,11 +276,17 @@ def _run_facts(run: Run, name: str) -> dict[str, Any]:
         "requests": len(run.records.requests["id"]),
         "decision digest": run.decision_digest,
     }
+    engine = run.scenario.get("engine") or {}
+    chosen = {"loop": run.meta.get("loop") or engine.get("loop")}
+    chosen |= {key: engine.get(key) for key in ("batching", "policy")}
+    how = [f"{key} {value}" for key, value in chosen.items() if value]
     provenance = {key: plain(value) for key, value in run.meta.get("provenance", {}).items()}
     return {
         "name": name,
         "label": str(run.meta.get("label", "")),
-        "subtitle": " · ".join(str(run.meta[key]) for key in ("model", "device", "host") if run.meta.get(key)),
+        "subtitle": " · ".join(
+            [*(str(run.meta[key]) for key in ("model", "device", "host") if run.meta.get(key)), *how]
+        ),
         "facts": facts,
         "provenance": provenance,
         "counters": told_counters(run.records.counters, {}),
@@ -248,9 +294,16 @@ def _run_facts(run: Run, name: str) -> dict[str, Any]:
     }
 
 
-def _notes(runs: Sequence[Run]) -> list[str]:
-    """What is guessed or unmeasured in any of the runs, each said once."""
-    return list(dict.fromkeys(str(note) for run in runs for note in run.meta.get("notes", [])))
+def _notes(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """What is guessed or unmeasured in any of the runs, and what else is to be known; each said once."""
+    guessed, others = parted_notes(str(note) for run in runs for note in run.meta.get("notes", []))
+    return {"guessed": guessed, "notes": others}
+
+
+def _own_page(run: Run, folder: Path) -> str:
+    """Relative address of the run's own report, '' where there is none."""
+    page = run.folder / "report.html" if run.folder else None
+    return quote(Path(os.path.relpath(page, folder)).as_posix()) if page and page.is_file() else ""
 
 
 def _yaml(content: Mapping[str, Any]) -> str:

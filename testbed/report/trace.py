@@ -83,6 +83,13 @@ def write_trace(run: Run, path: Path | str, window: tuple[int, int] | None = Non
     return path
 
 
+def covered(run: Run, window: tuple[int, int] | None = None) -> tuple[int, int, int]:
+    """What part of a run ``write_trace`` covers: from, until, and the run's end, in ns."""
+    begin, end = default_window(run) if window is None else window
+    whole = run_end_ns(run.records)
+    return begin, min(end, whole), whole
+
+
 def default_window(run: Run) -> tuple[int, int]:
     """The first 5,000 steps from the start of the measure window, in ns."""
     start = run.window().start_ns

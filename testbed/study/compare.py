@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from testbed.metrics.comparison import HEADLINE, Figure, differences, run_names
+from testbed.metrics.comparison import Figure, differences, headline, run_names, shared_percentiles
 from testbed.metrics.files import new_folder, write_json
 from testbed.metrics.run import Run
-from testbed.metrics.table import number
+from testbed.metrics.table import number, percent_more, signed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,6 +28,9 @@ class Comparison:
     baseline: int
     figures: tuple[Figure, ...]
     """Figure by figure, and within each the runs in order."""
+
+    def __repr__(self) -> str:
+        return f"<Comparison of {', '.join(self.names)}; baseline {self.names[self.baseline]}>"
 
     @property
     def names(self) -> list[str]:
@@ -64,21 +67,25 @@ class Comparison:
             )
         return pd.DataFrame(rows)
 
-    def table(self, metrics: Sequence[str] = HEADLINE) -> str:
-        """Text: a row a figure; a column a run, and beside each variant its difference to the baseline, with interval
-        and mark."""
+    def table(self, metrics: Sequence[str] | None = None) -> str:
+        """Text: a row a figure; a column a run, and beside each variant its difference to the baseline, in percent and
+        in the figure's unit, with interval and mark.
+
+        ``metrics``: keys of aggregates; default: the headline figures, with the percentiles that the runs ask for.
+        """
+        metrics = headline(shared_percentiles(self.runs)) if metrics is None else metrics
         by_metric: dict[str, list[Figure]] = {}
         for figure in self.figures:
             if figure.metric in metrics:
                 by_metric.setdefault(figure.metric, []).append(figure)
-        rows = [["", *(cell for name in self.names for cell in (name, "difference"))]]
+        rows = [["", *(cell for name in self.names for cell in (name, "%", "difference"))]]
         for metric in sorted(by_metric, key=list(metrics).index):
             figures = by_metric[metric]
             if not all(np.isnan(figure.value) for figure in figures):
-                cells = (cell for figure in figures for cell in (number(figure.value), _difference(figure)))
+                cells = (cell for figure in figures for cell in _cells(figure))
                 rows.append([metric, *cells])
-        baseline = 2 + 2 * self.baseline  # its own difference
-        rows = [row[:baseline] + row[baseline + 1 :] for row in rows]
+        baseline = 2 + 3 * self.baseline  # its own difference, in percent and as it is
+        rows = [row[:baseline] + row[baseline + 2 :] for row in rows]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = [
             "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
@@ -116,12 +123,11 @@ def compare(runs: Sequence[Run], baseline: int = 0) -> Comparison:
     return Comparison(tuple(runs), baseline, tuple(differences(runs, baseline)))
 
 
-def _difference(figure: Figure) -> str:
-    if figure.is_baseline:
-        return ""
+def _cells(figure: Figure) -> tuple[str, str, str]:
+    """A run's value, and its difference to the baseline in percent and in the figure's unit."""
     if not figure.difference:
-        return ""
+        return number(figure.value), "", ""
     sign = _MARKS.get(figure.verdict, " ")
     low, high = figure.difference_interval or (np.nan, np.nan)
-    bounds = "" if np.isnan(low) else f" [{low:+.3g}, {high:+.3g}]"
-    return f"{figure.difference:+.3g}{bounds} {sign}"
+    bounds = "" if np.isnan(low) else f" [{signed(low)}, {signed(high)}]"
+    return number(figure.value), percent_more(figure.ratio), f"{signed(figure.difference)}{bounds} {sign}"

@@ -124,6 +124,6 @@ def queue_run(requests=200, rate=20.0, host_us=400, output=32, prompt=500, seed=
     server.run()
     meta = {"label": "simulated", "model": "llama-3.1-8b", "device": "h100-sxm", "host": "testbed"}
     meta |= {"kv_tokens": 400_000, "peak_flops": 989e12, "peak_bytes_per_s": 3.35e12}
-    meta |= {"notes": ["The device profile is unmeasured."]}
+    meta |= {"notes": ["The device profile is unmeasured.", "guess: the host time of a step"]}
     meta |= {"provenance": {"command": "testbed simulate scenario.yaml", "date": "2030-01-01"}}
     return Run({"name": f"host {host_us} us", "seed": seed, **scenario}, server.records(), meta)

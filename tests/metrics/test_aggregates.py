@@ -190,6 +190,20 @@ def test_table_shows_thresholds_and_sections(run):
     assert max(map(len, text.splitlines())) <= 58
 
 
+def test_the_table_counts_guesses_and_tells_other_notes(run):
+    told = [f"unmeasured: {index}" for index in range(3)] + ["guess: 7 us", "5 prompts were cut to fit the context"]
+    text = Run(run.scenario, run.records, {**run.meta, "notes": told}).table()
+    assert "Guessed or unmeasured inputs: 4 (listed in the report)" in text and "7 us" not in text
+    assert "Note: 5 prompts were cut to fit the context" in text.splitlines()
+    assert "Guessed" not in Run(run.scenario, run.records, {}).table()
+
+
+def test_a_run_is_one_line_in_a_notebook(run):
+    for thing in (run, run.records):
+        assert "300 requests" in repr(thing) and len(repr(thing)) < 200 and "\n" not in repr(thing)
+    assert "simulated" in repr(run)
+
+
 def test_frames_carry_derived_columns(run):
     steps = run.steps
     assert set(steps["mode_name"]) == {"extend", "decode"}

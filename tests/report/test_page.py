@@ -103,6 +103,33 @@ def test_several_runs_become_a_comparison(make_run, tmp_path):
     assert "host 400 us vs. host 1500 us" in words and "differences are paired" in words
     assert {"compare_bars.svg", "compare_cdf.svg", "device_2.png"} <= {p.name for p in (tmp_path / "figures").iterdir()}
 
+    assert {"load_1.svg", "load_2.png"} <= {p.name for p in (tmp_path / "figures").iterdir()}
+
+
+def test_a_comparison_links_to_the_runs_own_reports(make_run, tmp_path):
+    runs = [make_run(60, host_us=us) for us in (400, 1500)]
+    for name, run in zip(("one", "the other"), runs, strict=True):
+        run.save(tmp_path / name)
+    write_report(runs[1], tmp_path / "the other")
+    text, _, references = read(write_report(runs, tmp_path / "comparison", title="hosts"))
+    assert [one for one in references if "report.html" in one] == ["../the%20other/report.html"]
+    assert "<h1>hosts</h1>" in text
+
+
+def test_many_runs_are_drawn_without_warnings_and_too_many_refused(make_run, tmp_path):
+    runs = [make_run(20, host_us=100 * us, name=f"a run whose name is long, number {us}") for us in range(1, 13)]
+    _, words, _ = read(write_report(runs, tmp_path))
+    assert "12 runs compared" in words
+    with pytest.raises(InputError, match="41 runs are too many"):
+        write_report([runs[0]] * 41, tmp_path)
+
+
+def test_the_header_names_what_scheduled(make_run, tmp_path):
+    run = make_run(20, engine={"loop": "auto", "batching": "mixed_chunk", "policy": "lpm"})
+    run.meta["loop"] = "overlap"
+    _, words, _ = read(write_report(run, tmp_path))
+    assert "loop overlap · batching mixed_chunk · policy lpm" in words
+
 
 @pytest.mark.parametrize("requests", [1, 3])
 def test_tiny_runs_have_a_page(make_run, tmp_path, requests):

@@ -68,6 +68,11 @@ def test_names_tell_runs_apart_by_what_differs(make_run):
     runs = [make_run(10, name="x", engine=engine) for engine in engines]
     assert compare(runs).names == ["x (loop=normal)", "x (loop=overlap)"]
     assert compare([runs[0], runs[0]]).names == ["x #1", "x #2"]
+    paced = Run(runs[0].scenario, runs[0].records, {**runs[0].meta, "label": "paced"})
+    assert compare([runs[0], paced]).names == ["x (simulated)", "x (paced)"]
+    assert compare([runs[0], paced, paced]).names == ["x (simulated)", "x (paced) #1", "x (paced) #2"]
+    loops = [Run(runs[0].scenario, runs[0].records, {"loop": loop}) for loop in ("normal", "pipeline")]
+    assert compare(loops).names == ["x (normal)", "x (pipeline)"]
     runs[0].meta["variant"] = "ours"
     assert compare(runs).names == ["ours", "x"]
 
@@ -79,6 +84,37 @@ def test_the_table_has_a_column_a_run(make_run):
     row = next(index for index, line in enumerate(lines) if line.startswith("mean_tpot_ms"))
     assert "[" in lines[row + 1] and lines[row + 1].endswith(" -")
     assert "request_goodput" not in text and "paired: all runs" in text
+
+
+def test_the_table_has_the_percentiles_that_the_runs_ask_for(make_run):
+    text = compare([make_run(50, percentiles=[25]), make_run(50, host_us=900, percentiles=[75, 99.9])]).table()
+    assert (
+        all(f"{key}_ttft_ms" in text for key in ("p25", "p75", "p99.9")) and "p50_" not in text and "p99_" not in text
+    )
+
+
+def test_differences_come_in_percent_and_counts_whole(make_run):
+    runs = [make_run(100, host_us=us) for us in (400, 1500)]
+    runs[1].records.steps["extra_rows"] = runs[1].records.steps["extra_rows"] + 1
+    comparison = compare(runs)
+    lines = {line.split()[0]: line.split() for line in comparison.table().splitlines() if line}
+    steps = len(runs[1].steps)
+    assert lines["extra_rows"][1:] == ["0", str(steps), f"+{steps:,}"]
+    tpot = rows(comparison, "mean_tpot_ms")[1]
+    assert lines["mean_tpot_ms"][3:5] == [f"{100 * (tpot.value / (tpot.value - tpot.difference) - 1):+.1f}", "%"]
+
+
+def test_a_figure_that_one_run_lacks_has_no_difference(make_run):
+    runs = [make_run(50), make_run(50, host_us=900)]
+    del runs[1].meta["peak_flops"]
+    text = compare(runs).table()
+    assert "nan" not in text
+    assert next(line.split()[2:] for line in text.splitlines() if line.startswith("mfu_percent")) == ["-", "-"]
+
+
+def test_a_comparison_is_one_line_in_a_notebook(make_run):
+    text = repr(compare([make_run(50), make_run(50, host_us=900)]))
+    assert text == "<Comparison of host 400 us, host 900 us; baseline host 400 us>"
 
 
 def test_the_frame_and_the_files_hold_every_figure(make_run, tmp_path):
