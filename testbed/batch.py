@@ -19,11 +19,6 @@ class ForwardMode(IntEnum):
     DECODE = 2
     MIXED = 3
 
-    @property
-    def is_extend(self) -> bool:
-        """Whether the batch contains prefill tokens."""
-        return self is not ForwardMode.DECODE
-
 
 class BatchShape(NamedTuple):
     """All that the cost of a step depends on.
@@ -81,6 +76,8 @@ class Batch:
     advance = 0
     retracted: Sequence[Request] = ()
     evicted_tokens = 0
+    decodes_behind = False
+    """Whether its prefills join the running batch in front of the decodes (SGLang's mixed batches)."""
     extra_rows = 0
     """Decode rows whose token will be dropped because the request ended meanwhile."""
     index = -1

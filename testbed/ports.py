@@ -92,7 +92,7 @@ class Outbox(Protocol):
 
 
 class Ports(Protocol):
-    """The five of them, as a runtime hands them to a loop."""
+    """All of them, as a runtime hands them to a loop."""
 
     @property
     def inbox(self) -> Inbox: ...  # noqa: D102

@@ -70,7 +70,6 @@ class Request:
         "segments",
         "slot",
         "status",
-        "stream",
     )
 
     def __init__(self, source: GenerateRequest, rank: int, fill_ids: NDArray[np.int32], max_new_tokens: int) -> None:
@@ -83,7 +82,6 @@ class Request:
         self.ignore_eos = source.ignore_eos
         self.priority = source.priority
         self.extra_key = source.extra_key
-        self.stream = source.stream
 
         self.slot = NEVER
         self.prefix_tokens = 0
@@ -123,11 +121,6 @@ class Request:
         self.segments: list[tuple[int, int]] = []
         """Token times as (first advance, count) of the running batch's list of advance times; (-1 - ns, 1) for a
         prefill's token."""
-
-    @property
-    def finished(self) -> bool:
-        """Whether it has ended."""
-        return self.finish_reason is not None
 
     def outputs_known(self, advances_done: int) -> int:
         """Output tokens whose ids are known after ``advances_done`` decode results were processed."""

@@ -258,5 +258,8 @@ def complete(own: Any, name: str) -> CostModel:
     if not callable(getattr(own, "price", None)):
         remedy = "give it a method price(shape: BatchShape) -> StepCost"
         raise InputError(f"{name} made an object without a method 'price'", where="cost_model", remedy=remedy)
-    wanted = ("price_decode", "breakdown", "unmeasured", "flops_and_bytes")
-    return cast("CostModel", own if all(hasattr(own, method) for method in wanted) else _Completed(own, name))
+    completed = _Completed(own, name)
+    for method in ("price_decode", "breakdown", "unmeasured", "flops_and_bytes"):
+        if hasattr(own, method):
+            setattr(completed, method, getattr(own, method))
+    return cast("CostModel", completed)

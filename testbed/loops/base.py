@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from testbed.batch import Batch
+from testbed.messages import BatchGenerateRequest, GenerateRequest, Message, Timer
 from testbed.ports import Cpu, Executor, Inbox, Outbox, Pending, Ports, Stage
 from testbed.request import Request
 from testbed.scheduler.scheduler import Scheduler
@@ -23,7 +24,8 @@ class LoopContext:
     async def recv_requests(self, block: bool) -> None:
         """Take in every message that has arrived; with ``block``, wait for one."""
         self.now_ns, messages = await self.inbox.recv(block)
-        self.cpu.charge(Stage.RECEIVE, 0, 0, len(messages))
+        prompt_tokens = sum(map(received_tokens, messages)) if messages else 0
+        self.cpu.charge(Stage.RECEIVE, 0, prompt_tokens, len(messages))
         for message in messages:
             for output in self.scheduler.handle_message(self.now_ns, message):
                 self.outbox.send(output)
@@ -36,13 +38,17 @@ class LoopContext:
         if batch is None:
             self.cpu.charge(Stage.SCHEDULE, rows, waiting=scheduler.scanned)
         elif not batch.prefills:
-            self.cpu.charge(Stage.SCHEDULE, rows, 0, 0, scheduler.scanned)
+            # Policies may have matched the whole queue for nothing.
+            self.cpu.charge(Stage.SCHEDULE, rows, 0, 0, scheduler.scanned, scheduler.matched_in_policy)
             self.cpu.charge(Stage.PREPARE, rows)
         else:
             new_tokens = sum(batch.shape.new_tokens)
             matched = scheduler.matched_tokens + scheduler.matched_in_policy
             self.cpu.charge(Stage.SCHEDULE, rows, new_tokens, scheduler.admitted, scheduler.scanned, matched)
             self.cpu.charge(Stage.PREPARE, batch.rows, new_tokens)
+        for when_ns in scheduler.wakes:
+            self.inbox.post_at(when_ns, Timer("wake"))
+        scheduler.wakes.clear()
         if scheduler.failed:
             self._send_ends(scheduler.failed)
             scheduler.failed = []
@@ -73,3 +79,12 @@ class LoopContext:
         for request in requests:
             self.scheduler.recorder.ended(request, len(request.output_ids), self.now_ns)
             self.outbox.send(self.scheduler.output_of(request))
+
+
+def received_tokens(message: Message) -> int:
+    """Prompt tokens of a message."""
+    if isinstance(message, GenerateRequest):
+        return len(message.prompt)
+    if isinstance(message, BatchGenerateRequest):
+        return sum(len(request.prompt) for request in message.requests)
+    return 0

@@ -58,6 +58,8 @@ class KvMemory:
     def open(self, request: Request) -> None:
         """Give ``request`` a slot, its row beginning with the cached prefix (locked by the caller)."""
         request.slot = self.slots.alloc()
+        if isinstance(request.last_node, Node):
+            self.cache.count_use(request.last_node)
         self.slots.pages[request.slot, : len(request.prefix_pages)] = request.prefix_pages
 
     def extend(self, request: Request, new_tokens: int) -> NDArray[np.int32]:

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from testbed.memory.allocator import PageAllocator
+from testbed.request import NO_PAGES
 
 Ints = NDArray[np.int32]
-NO_PAGES = np.empty(0, np.int32)
 
 
 class Node:
@@ -90,7 +90,6 @@ class RadixCache:
             child.touched = self._tick()
             same = self._common(child.tokens, tokens, start, end)
             node = child if same == len(child.tokens) else self._split(child, same)
-            node.hits += 1
             found.append(node.pages)
             start += same
             if node is not child:
@@ -147,6 +146,12 @@ class RadixCache:
                 self.evictable_tokens -= len(node.tokens)
                 self.protected_tokens += len(node.tokens)
             node.locks += 1
+            node = node.parent
+
+    def count_use(self, node: Node) -> None:
+        """A request was admitted that found the path to ``node``: what LFU counts (looks alone do not count)."""
+        while node.parent is not None:
+            node.hits += 1
             node = node.parent
 
     def unlock(self, node: Node) -> None:

@@ -7,6 +7,8 @@ import mmap
 import numpy as np
 from numpy.typing import NDArray
 
+from testbed.scenario.errors import InputError
+
 
 def _spread(length: int) -> int:
     """A row length of at least ``length`` for which the same column of neighbouring rows falls into different cache
@@ -18,7 +20,14 @@ def _spread(length: int) -> int:
 def _untouched(length: int) -> NDArray[np.int32]:
     """int32 [length] in small pages that cost nothing until they are written. (numpy asks the kernel for huge pages: a
     row's first token would then zero 2 MB.)"""
-    buffer = mmap.mmap(-1, 4 * length)
+    try:
+        buffer = mmap.mmap(-1, 4 * length)
+    except OSError as error:
+        raise InputError(
+            f"no address space for the page tables of so many requests ({4 * length / 1e9:.0f} GB)",
+            where="engine.max_running_requests",
+            remedy="lower it, or engine.context_length",
+        ) from error
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         buffer.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(buffer, dtype=np.int32)

@@ -47,6 +47,8 @@ class Leaper:
         in_flight = scheduler.in_flight
         if scheduler.chunked is not None or running.finished_rows or scheduler.forward_sleep_ns or len(in_flight) > 1:
             return
+        if runtime.traffic.tied_to_iterations:
+            return
         if in_flight and (in_flight[0] is not last or runtime.last_result.stopped):
             return
         steps = self._steps_until_something_changes(len(in_flight))
@@ -87,6 +89,7 @@ class Leaper:
             for stage in (Stage.SCHEDULE, Stage.PREPARE, Stage.SAMPLE, Stage.WAIT, Stage.PROCESS, Stage.SEND)
         )
         before_launch, after_result = receive + schedule + prepare, wait + process + send
+        to_launch = runtime.stage_price(Stage.LAUNCH, rows)
         now, free = runtime.local_ns, runtime.device_free_ns
         oldest_end = runtime.last_result.end_ns if in_flight else 0
         context, longest = running.context_tokens(), running.context_max()
@@ -98,7 +101,7 @@ class Leaper:
             longest += 1
             cost = price(rows, context, longest)
             begin = now + before_launch
-            launched = begin + host.launch_ns(cost.kernels, cost.graph)
+            launched = begin + host.launch_ns(cost.kernels, cost.graph) + to_launch
             start, free = device_time(cost, begin, launched, free)
             sampled = launched + sample
             awaited = oldest_end if in_flight else free

@@ -2,7 +2,7 @@
 
 Work is charged, not awaited: the loop's own clock runs ahead of SimPy's by what it has charged, and the debt is paid
 when it awaits. If no event of anybody else lies in between, there is nobody to notice: the debt is carried on and no
-event is made at all (``_Host.settle``), which is what makes a step cost microseconds.
+event is made at all (``_settle``), which is what makes a step cost microseconds.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from testbed.runtime.modelled import CostModel, Deadlock, HostProfile, device_ti
 from testbed.runtime.oracle import FAR, Oracle
 from testbed.runtime.traffic import Traffic
 from testbed.workload.base import TimedRequest, Workload
+
+STANDSTILL = 10_000
+"""Iterations at one instant, without a launch, after which a loop is said to spin."""
 
 
 @types.coroutine
@@ -63,6 +66,7 @@ class VirtualRuntime:
         self.processed = 0
         self.iteration = 0
         """Iterations begun."""
+        self._seen, self._standstill = (-1, -1), 0
 
     # -- the workload --------------------------------------------------------------------------------------------------
 
@@ -109,6 +113,12 @@ class VirtualRuntime:
             self._delivered.extend(self.traffic.due(self.iteration, self.local_ns))
             block = block and not self.traffic.tied_to_iterations
         self.iteration += 1
+        if self.local_ns == self._seen[0] and self.launches == self._seen[1]:
+            self._standstill += 1
+            if self._standstill > STANDSTILL and not block:
+                raise Deadlock(f"the loop spins: {STANDSTILL} iterations at {self.local_ns} ns without a launch")
+        else:
+            self._seen, self._standstill = (self.local_ns, self.launches), 0
         if block and not self._delivered:
             self._waiting_for_message = simpy.Event(self.env)
             await wait(self._waiting_for_message)
@@ -171,7 +181,7 @@ class VirtualRuntime:
     def launch(self, batch: Batch, defer_sampling: bool = False) -> _Launched:
         """See ports.Executor. An in-order device: a batch starts when it is launched and the device is free."""
         cost = price_batch(self.cost_model, batch)
-        launch_ns = self.host.launch_ns(cost.kernels, cost.graph)
+        launch_ns = self.host.launch_ns(cost.kernels, cost.graph) + self.host.price(Stage.LAUNCH, batch.rows)
         begin = self.local_ns
         if launch_ns:
             self.local_ns = begin + launch_ns

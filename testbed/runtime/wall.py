@@ -158,10 +158,12 @@ class PacedRuntime:
 
     def launch(self, batch: Batch, defer_sampling: bool = False) -> _Running:
         """See ports.Executor: the device is a promise to be done at a known time."""
-        begin = self.now_ns()
         cost = price_batch(self._cost_model, batch)
         token_ids, stopped = self._oracle.result(batch)
-        least = self._inject.launch_ns(cost.kernels, cost.graph) if self._inject is not None else 0
+        begin = self._mark_ns = self.now_ns()  # the model's own work is in nobody's span
+        least = 0
+        if self._inject is not None:
+            least = self._inject.launch_ns(cost.kernels, cost.graph) + self._inject.price(Stage.LAUNCH, batch.rows)
         self._close_span(Stage.LAUNCH, least)
         start, end = device_time(cost, begin, self._mark_ns, self._device_free_ns)
         self._device_free_ns = end

@@ -115,6 +115,9 @@ class PrefillAdder:
         alone = not self.rules.can_stall and not scheduler.running.requests and not self.prefills
         if self.rules.ignore_eos_admission and request.ignore_eos and scheduler.cache.disabled and not alone:
             return self._add_ignore_eos(request)
+        estimated = self.rules.reserve == "estimate" and not self.rules.can_stall and not alone
+        if estimated and self._reserve(request) + 1 >= self.total_left:
+            return Verdict.NO_TOKENS  # not even with all but one token cached: a blocked head is not matched every step
         match = scheduler.cache.match(request.fill_ids[:-1], request.extra_key)
         prefix = len(match.pages) * self.page_size
         new = len(request.fill_ids) - prefix

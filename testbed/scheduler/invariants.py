@@ -94,10 +94,10 @@ class Invariants:
         self._require(bool(prefills or batch.decodes), "batch", "empty batch")
         ranks = {prefill.request.rank for prefill in prefills}
         self._require(len(ranks) == len(prefills), "batch", "a request is in the batch twice")
-        limit = max(scheduler.config.max_running_requests, running)
-        chunked = any(p.request is scheduler.chunked for p in prefills) or scheduler.rules.can_stall
+        limit = scheduler.config.max_running_requests
+        # A half-computed prompt goes on whatever the limit says: its KV would be stranded.
         rows = running + len(prefills)
-        self._require(rows <= limit + chunked, "batch", f"{rows} requests run, the limit is {limit}")
+        self._require(rows <= limit + scheduler.continued, "batch", f"{rows} requests run, the limit is {limit}")
         for request, prefix, new, last in batch.prefills:
             self._require(new > 0, "batch", f"{request.rid} prefills {new} tokens")
             self._require(request.slot != NEVER and not request.in_running, "batch", f"{request.rid} runs or waits")

@@ -108,15 +108,16 @@ POLICIES: dict[str, Policy] = {"fcfs": fcfs, "lof": lof, "random": shuffled, "lp
 CACHE_AWARE = (lpm, dfs_weight)
 
 
-def with_priority(policy: Policy, low_values_first: bool) -> Policy:
-    """Order by request priority, within equal priority by ``policy``. A missing priority is the worst."""
+def with_priority(policy: Policy, low_values_first: bool, by_arrival: bool = True) -> Policy:
+    """Order by request priority, within equal priority by ``policy``. A missing priority is the worst. First come,
+    first served means ``by_arrival`` at the engine, or (as SGLang) entry into the queue, which a retraction renews."""
     sign = 1 if low_values_first else -1
 
     def ordered(waiting: list[Request], scheduler: Scheduler) -> None:
-        if policy is fcfs:
-            waiting.sort(key=lambda request: request.rank)
-        else:
+        if policy is not fcfs:
             policy(waiting, scheduler)
+        elif by_arrival:
+            waiting.sort(key=lambda request: request.rank)
         waiting.sort(key=lambda r: (1, 0) if r.priority is None else (0, sign * r.priority))
 
     return ordered

@@ -33,6 +33,9 @@ def retract_decode(scheduler: Scheduler, batch: Batch) -> None:
         return int(opening[rows].sum())
 
     victims: list[Request] = []
+    if _newest_is_half_computed(scheduler):
+        victims.append(_retract_chunked(scheduler))
+        batch.evicted_tokens += scheduler.memory.make_room(wanted())
     while rows and (not victims or scheduler.memory.allocator.available_tokens < wanted()):
         if len(rows) == 1 and (scheduler.chunked is None or rules.can_stall):
             break
@@ -59,6 +62,25 @@ def _order(scheduler: Scheduler) -> list[int]:
     done, requests = running.done, running.requests
     # Most generated first, ties shortest prompt first; a reversed sort keeps equal rows in batch order.
     return sorted(rows, key=lambda r: (requests[r].outputs_known(done), -requests[r].prompt_tokens), reverse=True)
+
+
+def _newest_is_half_computed(scheduler: Scheduler) -> bool:
+    """Under ``retract_victim: newest`` the request whose prompt is half computed goes before older ones that decode."""
+    chunked = scheduler.chunked
+    if scheduler.rules.retract_victim != "newest" or chunked is None:
+        return False
+    return chunked.rank > max(request.rank for request in scheduler.running.requests)
+
+
+def _retract_chunked(scheduler: Scheduler) -> Request:
+    request = scheduler.chunked
+    assert request is not None
+    scheduler.chunked = None
+    scheduler.memory.drop(request, scheduler.allocated_tokens(request))
+    request.retractions += 1
+    if request.retracted_at_ns < 0:
+        request.retracted_at_ns = scheduler.now_ns
+    return request
 
 
 def _retract(scheduler: Scheduler, request: Request) -> None:

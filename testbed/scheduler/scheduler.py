@@ -75,6 +75,12 @@ class Scheduler:
         """Called at every launch (progress bars)."""
         self.failed: list[Request] = []
         """Requests ended by a decision, not by a result; the loop sends their ends."""
+        self.continued = False
+        """Whether this step's prefill goes on with a half-computed prompt."""
+        self.wakes: list[int] = []
+        """Times at which a strategy wants to be asked again; the loop posts them as timers."""
+        self._built: list[Batch] = []
+        """Batches whose memory this decision has allocated."""
         self.steps = 0
         self.received = 0
         self.forward_sleep_ns = 0
@@ -97,10 +103,7 @@ class Scheduler:
         """The last decision found nothing to run, and only a message or a result can change that."""
         self.idle_checked = True
         """No result has been processed since the last idle check."""
-        self.admitted = 0
-        self.matched_tokens = 0
-        self.matched_in_policy = 0
-        self.scanned = 0
+        self.admitted = self.matched_tokens = self.matched_in_policy = self.scanned = 0
 
     def _choose_policy(self, own: Policy | None) -> Policy:
         """The configured policy, or the user's ``own``; a cache-aware one without a cache is first come, first
@@ -109,7 +112,9 @@ class Scheduler:
         chosen = own or POLICIES[config.policy]
         if self.cache.disabled and chosen in CACHE_AWARE:
             chosen = fcfs
-        return with_priority(chosen, config.low_priority_values_first) if config.priority else chosen
+        if not config.priority:
+            return chosen
+        return with_priority(chosen, config.low_priority_values_first, config.retract_to == "arrival_rank")
 
     @property
     def free_and_evictable_tokens(self) -> int:
@@ -223,10 +228,17 @@ class Scheduler:
         if running.finished_rows and self.rules.admission == "every_step":
             running.filter_finished()
         rows_before = len(running.requests)
+        self._built.clear()
         batch = self.strategy.next_batch(self)
         if batch is None and self.vacated is not None and not self.in_flight:
             batch = self.strategy.next_batch(self)  # what the retracted held is free now, and no result will tell
         self.last_batch = batch
+        if self._built and (len(self._built) > 1 or self._built[0] is not batch):
+            raise InputError(
+                f"the strategy built {len(self._built)} batches, which hold memory, and did not return just that one",
+                where="engine.batching",
+                remedy="return what new_prefill_batch() or decode_batch() gave, or make one step of both with join()",
+            )
         if batch is not None:
             self._launch(batch)
         else:
@@ -251,7 +263,7 @@ class Scheduler:
         if self.rules.admission == "when_batch_shrinks":
             self._clear_latch(last, len(joining))
         if joining:
-            running.merge(joining, front=last.mode is ForwardMode.MIXED and self.config.batching == "mixed_chunk")
+            running.merge(joining, front=last.decodes_behind)
 
     def _clear_latch(self, last: Batch, joining: int) -> None:
         """``batch_is_full`` belongs to SGLang's running batch object: a prefill that becomes the running batch (always
@@ -267,6 +279,10 @@ class Scheduler:
         if shrank or fresh:
             running.is_full = False
 
+    def wake_at(self, when_ns: int) -> None:
+        """For strategies that wait: ask again at ``when_ns`` (see ``now_ns``), even if no message arrives."""
+        self.wakes.append(when_ns)
+
     def new_prefill_batch(self, token_budget: int | None, mixed_rows: int = 0) -> Batch | None:
         """A prefill of at most ``token_budget`` tokens (None: prompts are not cut), chosen by policy and budgets."""
         running = self.running
@@ -280,8 +296,9 @@ class Scheduler:
             return None
         self.scanned = len(self.waiting)
         if self.waiting:
-            self.policy(self.waiting, self)
+            self._order_waiting()
         adder = PrefillAdder(self, token_budget, mixed_rows)
+        self.continued = self.chunked is not None
         if self.chunked is not None:
             adder.add_chunked(self.chunked)
         for request in self.waiting:
@@ -297,6 +314,18 @@ class Scheduler:
             return None
         self._take_from_waiting(adder)
         return self._prepare_for_extend(adder.prefills)
+
+    def _order_waiting(self) -> None:
+        """Let the policy sort the queue in place."""
+        before = len(self.waiting)
+        answer: object = self.policy(self.waiting, self)
+        if answer is not None or len(self.waiting) != before:
+            raise InputError(
+                "the policy must sort the waiting list in place: it "
+                + ("returned something" if answer is not None else f"left {len(self.waiting)} of {before} requests"),
+                where="engine.policy",
+                remedy="use waiting.sort(key=...) and return nothing",
+            )
 
     def _may_admit(self, token_budget: int | None) -> bool:
         """A test of constant cost before the exact one. With the latch: whether it is open. Without: whether the head
@@ -336,6 +365,7 @@ class Scheduler:
                     request.cached_tokens = prefix
             batch.pages.append(self.memory.extend(request, new_tokens))
             request.pending_prefills += 1
+        self._built.append(batch)
         return batch
 
     def decode_batch(self) -> Batch | None:
@@ -362,6 +392,7 @@ class Scheduler:
         if len(running.requests) < before:
             running.is_full = False
         self._advance(batch)
+        self._built.append(batch)
         return batch
 
     def _advance(self, batch: Batch) -> None:
@@ -381,10 +412,12 @@ class Scheduler:
             if self.memory.allocator.available_tokens >= needed:
                 self._advance(batch)
                 batch.mode = ForwardMode.MIXED
+                batch.decodes_behind = True
         return batch
 
     def join(self, prefill: Batch, decode: Batch) -> Batch:
         """One step of a prefill and a decode that both have their memory."""
+        self._built.remove(prefill)
         decode.mode = ForwardMode.MIXED
         decode.prefills = prefill.prefills
         decode.pages = prefill.pages + decode.pages
@@ -513,6 +546,7 @@ class Scheduler:
         self._release(request)
         self._end(request, FinishReason.ERROR, message, status)
         self._end_pause(request, self.now_ns)
+        self.count_extra_rows([request])
         self.failed.append(request)
 
     def count_extra_rows(self, ended: list[Request]) -> None:
@@ -586,7 +620,8 @@ def _build_memory(config: EngineConfig, kv_tokens: int, context_length: int) -> 
     return KvMemory(
         kv_tokens,
         page_size=config.page_size,
-        slots=2 * config.max_running_requests + 2,
+        # The chunked request has a slot beside the running ones; nobody runs without a page.
+        slots=min(config.max_running_requests, kv_tokens // config.page_size) + 2,
         context_tokens=min(context_length, kv_tokens) + 1,
         prefix_cache=config.prefix_cache,
         eviction=config.eviction,

@@ -36,8 +36,12 @@ def test_constants_give_constants() -> None:
 
 
 def test_the_users_own_cost_model_gets_model_device_engine(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("def build(*arguments):\n    return arguments\n")
-    model, device, engine = build_cost_model(scenario(cost_model="mine.py:build"), base_dir=tmp_path)  # type: ignore[misc]
+    code = (
+        "class Mine:\n    def __init__(self, *parts): self.parts = parts\n"
+        "    def price(self, shape): return None\n    def unmeasured(self): return self.parts\n"
+    )
+    (tmp_path / "mine.py").write_text(code)
+    model, device, engine = build_cost_model(scenario(cost_model="mine.py:Mine"), base_dir=tmp_path).unmeasured()
     assert (model.name, device.name, engine.page_size) == ("qwen3-8b", "h100-sxm", 1)
 
 

@@ -73,3 +73,40 @@ def test_leaps_do_happen() -> None:
     walking = run({}, "overlap", "output", "sglang-0.5", leap=False).records.counters
     assert leaping["steps"] == walking["steps"] and leaping["check_pages"] >= leaping["steps"]
     assert leaping["steps_leapt"] > 0.5 * leaping["steps"] and "leaps" not in walking
+
+
+@pytest.mark.parametrize("loop", ["normal", "overlap"])
+def test_no_leap_over_arrivals_that_are_tied_to_iterations(loop: str) -> None:
+    scenario = {
+        "model": "qwen3-0.6b",
+        "host": "sglang-0.5",
+        "engine": {"loop": loop},
+        "workload": {
+            "arrivals": {"kind": "at_iteration", "iterations": [0, 50, 120]},
+            "lengths": {"prompt_tokens": 300, "output_tokens": 300},
+            "count": 3,
+        },
+    }
+    leaping, walking = (simulate(load_scenario(scenario).scenario, leap=leap) for leap in (True, False))
+    assert differences(leaping, walking) == []
+    assert len(set(leaping.records.requests["arrival_ns"])) == 3
+
+
+def test_tensor_parallel_launches_cost_by_row_too() -> None:
+    """vLLM sends its scheduler output to the workers before each step: 40 + 0.35 us a row."""
+    scenario = {
+        "model": "qwen3-0.6b",
+        "host": "vllm-v1",
+        "engine": {"parallel": {"tp": 2}, "loop": "normal"},
+        "workload": {"arrivals": "all_at_once", "lengths": {"prompt_tokens": 64, "output_tokens": 40}, "count": 20},
+    }
+    scenario["workload"]["arrivals"] = {"kind": "all_at_once"}  # type: ignore[index]
+    leaping, walking = (simulate(load_scenario(scenario).scenario, leap=leap) for leap in (True, False))
+    assert differences(leaping, walking) == []
+    spans = leaping.records.spans
+    launches = [
+        end - begin
+        for lane, name, begin, end in zip(spans["lane"], spans["name"], spans["begin_ns"], spans["end_ns"], strict=True)
+        if lane == 0 and name == 3
+    ]
+    assert min(launches) > 20_000 + 40_000 + 20 * 350
