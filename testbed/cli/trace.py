@@ -33,13 +33,19 @@ def stats(
 @app.command()
 def fetch(
     name: Annotated[str, typer.Argument(help="Name of the trace; see `testbed presets traces`.", show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to keep it in.")] = Path("data/traces"),
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to keep it in; default: TESTBED_DATA or data/traces.")
+    ] = None,
 ) -> None:
     """Fetch a public trace and prove its checksum."""
+    from testbed.scenario.paths import trace_folder
     from testbed.workload.traces.known import fetch_trace
 
-    print(fetch_trace(name, output))
+    print(fetch_trace(name, output or trace_folder()))
 
 
 def _number(value: object) -> str:
-    return f"{value:,.4g}" if isinstance(value, float) else "-" if value is None else str(value)
+    """At most four significant digits after the decimal point; never the exponent of a large count."""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)

@@ -12,3 +12,9 @@ def data_root() -> Path | None:
         return Path(named).expanduser()
     beside = Path(__file__).resolve().parents[3] / "shared" / "data"
     return beside if beside.is_dir() else None
+
+
+def trace_folder() -> Path:
+    """Where fetched traces are kept and looked for: the folder that ``TESTBED_DATA`` names, else ``data/traces``."""
+    named = os.environ.get("TESTBED_DATA")
+    return Path(named).expanduser() if named else Path("data", "traces")

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from testbed.scenario.errors import InputError
-from testbed.scenario.paths import data_root
+from testbed.scenario.paths import data_root, trace_folder
 from testbed.workload.traces import KNOWN_TRACES, KnownTrace, fetch_trace, find_trace, known, read_trace, trace_stats
 
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
@@ -266,7 +266,7 @@ def test_fetch_leaves_nothing_behind_when_the_checksum_is_wrong(
     origin(tmp_path, monkeypatch, b"a,b\n", None, "0" * 64)
     with pytest.raises(InputError, match="wrong checksum"):
         fetch_trace("t.csv", tmp_path / "data")
-    assert list((tmp_path / "data").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_fetch_without_a_network_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,6 +277,29 @@ def test_fetch_without_a_network_says_what_to_do(tmp_path: Path, monkeypatch: py
     with pytest.raises(InputError, match="TESTBED_DATA"):
         fetch_trace("azure_llm_2023_code.csv", tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_fetch_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(*_: object, **__: object) -> None:
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(known, "urlopen", no_network)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(InputError):
+        fetch_trace("azure_llm_2023_code.csv", tmp_path / "mine" / "data" / "traces")
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_what_was_fetched_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TESTBED_DATA", raising=False)
+    if named:
+        monkeypatch.setenv("TESTBED_DATA", str(tmp_path / "elsewhere"))
+    assert trace_folder() == (tmp_path / "elsewhere" if named else Path("data/traces"))
+    trace_folder().mkdir(parents=True)
+    (trace_folder() / "fetched.csv").write_text("x")
+    assert find_trace("fetched.csv", Path("scenarios")) == trace_folder() / "fetched.csv"
 
 
 def test_fetch_knows_what_it_cannot_fetch(tmp_path: Path) -> None:

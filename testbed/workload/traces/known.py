@@ -116,8 +116,8 @@ KNOWN_TRACES = {
 def fetch_trace(name: str, dest: Path | str) -> Path:
     """Download a known trace into the folder ``dest`` and verify it; a file that is already right is kept.
 
-    Beside it goes ``NAME.LICENSE.txt`` with origin, licence and citation. Nothing is left behind when the checksum
-    is wrong. Raises InputError for an unknown name, without a network, and for a wrong checksum.
+    Beside it goes ``NAME.LICENSE.txt`` with origin, licence and citation. Nothing is left behind, not even
+    a new folder, when it fails. Raises InputError for an unknown name, without a network, and for a wrong checksum.
     """
     trace = _known(name)
     path = Path(dest) / trace.name
@@ -129,6 +129,7 @@ def fetch_trace(name: str, dest: Path | str) -> Path:
             where=name,
             remedy="put the file into the folder that TESTBED_DATA names",
         )
+    made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part{os.getpid()}")
     try:
@@ -144,6 +145,9 @@ def fetch_trace(name: str, dest: Path | str) -> Path:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+        if not path.exists():
+            for folder in made:
+                folder.rmdir()
     notice = f"{trace.name}\norigin: {trace.url}\nlicence: {trace.licence}\ncite: {trace.citation}\n"
     path.with_name(f"{path.name}.LICENSE.txt").write_text(notice, encoding="utf-8")
     return path
@@ -153,7 +157,7 @@ def _known(name: str) -> KnownTrace:
     if name in KNOWN_TRACES:
         return KNOWN_TRACES[name]
     similar = get_close_matches(name, KNOWN_TRACES, n=1)
-    remedy = f"did you mean {similar[0]}?" if similar else f"known: {', '.join(KNOWN_TRACES)}"
+    remedy = f"did you mean {similar[0]}?" if similar else "`testbed presets traces` lists those that are known"
     raise InputError(f"unknown trace {name}", where=name, remedy=remedy)
 
 

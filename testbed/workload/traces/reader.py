@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from testbed.scenario.errors import InputError
-from testbed.scenario.paths import data_root
+from testbed.scenario.paths import data_root, trace_folder
+from testbed.workload.traces.known import KNOWN_TRACES
 from testbed.workload.traces.rows import FORMATS, NO_TIME, BadCell, Column, Format, TraceRow
 
 
@@ -115,22 +116,22 @@ class TraceFile:
 
 
 def find_trace(name: str, base_dir: Path) -> Path:
-    """The file that ``name`` means: a path from ``base_dir``, else a file under the data folder.
+    """The file that ``name`` means: a path from ``base_dir``, else a file in the folder of fetched traces or of data.
 
     Raises InputError with similar names when there is none.
     """
     root = data_root()
-    folders = [base_dir] + ([root, root / "traces"] if root else [])
+    folders = [base_dir, trace_folder(), *([root, root / "traces"] if root else [])]
     for folder in folders:
         path = folder / Path(name).expanduser()
         if path.is_file():
             return path
     known = sorted({entry.name for folder in folders if folder.is_dir() for entry in folder.iterdir()})
     similar = get_close_matches(name, known, n=3)
-    remedy = f"did you mean {', '.join(similar)}?" if similar else "`testbed trace fetch` lists public traces"
-    raise InputError(
-        f"no such trace: {name}", where=name, remedy=remedy if root else f"{remedy}; TESTBED_DATA is not set"
-    )
+    remedy = f"did you mean {', '.join(similar)}?" if similar else "`testbed presets traces` lists public traces"
+    if name in KNOWN_TRACES and KNOWN_TRACES[name].url:
+        remedy = f"`testbed trace fetch {name}` fetches it into {trace_folder()}"
+    raise InputError(f"no such trace: {name}", where=name, remedy=remedy)
 
 
 def read_trace(path: Path, form: str = "auto") -> TraceFile:
