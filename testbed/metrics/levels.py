@@ -51,7 +51,7 @@ def levels(records: Records, meta: Mapping[str, Any], replica: int) -> Levels:
     last = np.cumsum(~idle) - 1
 
     def at_launch(column: str) -> Floats:
-        return floats(records.steps, column)[steps]
+        return floats(records.steps, column).compress(steps)
 
     free, evictable = at_launch("free_tokens"), at_launch("evictable_tokens")
     capacity = float(meta.get("kv_tokens") or (free + evictable).max(initial=0))

@@ -32,3 +32,27 @@ def test_the_report_lies_where_the_command_says(
     page = Path(named.group(1))
     assert page.stat().st_size > 20_000 and "<svg" in page.read_text()
     assert list((page.parent / "figures").glob("*.png")) and list((page.parent / "figures").glob("*.svg"))
+
+
+def test_each_variant_has_a_report_that_the_comparison_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("scenario.yaml").write_text(SCENARIO + VARIANTS)
+    assert invoke(["simulate", "scenario.yaml", "--no-progress", "-o", "out"]) == 0
+    page = Path("out/comparison/report.html").read_text()
+    assert "<h1>small</h1>" in page
+    for link in ("../one/report.html", "../two/report.html"):
+        assert f'href="{link}"' in page and (Path("out/comparison") / link).is_file()
+
+
+def test_a_trace_says_what_it_covers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("scenario.yaml").write_text(SCENARIO)
+    command = ["simulate", "scenario.yaml", "--no-progress", "--no-report", "-o"]
+    assert invoke([*command, "out", "--trace-window", "0.05:0.1"]) == 0
+    assert re.search(r"^trace: \S+ \(0.05 s to 0.1 s of a run of \S+ s\)$", capsys.readouterr().out, re.MULTILINE)
+    assert invoke(["report", "out", "--trace"]) == 0
+    assert re.search(r"^trace: \S+ \(0 s to (\S+) s of a run of \1 s\)$", capsys.readouterr().out, re.MULTILINE)
+    assert invoke([*command, "other", "--trace-window", "soon"]) == 2
+    assert "--trace-window" in capsys.readouterr().err

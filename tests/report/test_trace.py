@@ -107,6 +107,14 @@ def test_a_window_cuts_the_trace(run, tmp_path):
     assert sum(lane.endswith("device") for lane, *_ in slices) == inside > 0
 
 
+def test_it_says_which_part_of_the_run_it_covers(run, monkeypatch):
+    end = int(run.requests["finish_ns"].max())
+    assert module.covered(run) == (0, end, end)
+    assert module.covered(run, (5, 10**15)) == (5, end, end)
+    monkeypatch.setattr(module, "DEFAULT_STEPS", 50)
+    assert module.covered(run) == (0, run.steps["start_ns"][50], end)
+
+
 def test_by_default_a_long_run_is_cut(run, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "DEFAULT_STEPS", 50)
     slices, _ = parse(write_trace(run, tmp_path / "t.pftrace"))
