@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -295,18 +297,37 @@ def _meta(engine: Engine, label: str) -> dict[str, Any]:
         "host": engine.host.name if label == "simulated" else scenario.host_inject or "this machine",
         "kv_tokens": engine.kv_tokens,
         "notes": [*engine.workload.notes(), *unmeasured, *guesses],
-        "provenance": {
-            "command": " ".join(sys.argv),
-            "testbed": testbed.__version__,
-            "python": platform.python_version(),
-            "machine": platform.processor() or platform.machine(),
-        },
+        "provenance": _provenance(scenario.seed),
     }
     if engine.device is not None:
         # FLOPs and bytes are recorded for one device.
         meta["peak_flops"] = engine.device.peak(_compute_dtype(scenario)) * 1e9
         meta["peak_bytes_per_s"] = engine.device.bytes_per_ns * 1e9
     return meta
+
+
+def _provenance(seed: int) -> dict[str, Any]:
+    """Where, when and with what a run was made: all that may differ between equal runs, and the seed."""
+    packages = ("numpy", "simpy", "pandas", "pydantic")
+    return {
+        "command": " ".join(sys.argv),
+        "seed": seed,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "testbed": testbed.__version__,
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+        "machine": _processor(),
+    }
+
+
+def _processor() -> str:
+    """The name of the CPU, as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def _compute_dtype(scenario: Scenario) -> str:

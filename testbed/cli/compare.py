@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from testbed.cli import options
-from testbed.cli.folders import output_folder
+from testbed.cli.folders import check_output, output_folder
 from testbed.scenario.errors import InputError
 
 
@@ -17,6 +17,7 @@ def compare(
     output: options.Output = None,
 ) -> None:
     """Compare runs in one table; with -o also write it, with a report."""
+    check_output(output, "name a new folder with -o")
     loaded = options.load_runs(runs)
     if len(loaded) < 2:
         where = " ".join(str(folder) for folder in runs)

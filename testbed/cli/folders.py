@@ -25,14 +25,18 @@ def output_folder(chosen: Path | None, name: str, parent: Path = Path("runs")) -
         raise InputError(f"the folder cannot be made: {error.strerror}", where=where, remedy=remedy) from None
 
 
-def check_output(folder: Path | None) -> None:
-    """Raise InputError when ``folder`` cannot be an output folder: before a long run, not after it."""
+def check_output(
+    folder: Path | None, remedy: str = "name a new folder with -o, or leave -o out: runs/NAME-NUMBER is always new"
+) -> None:
+    """Raise InputError when ``folder`` cannot be an output folder: before a long run, not after it.
+
+    ``remedy``: what to do about one that is in use.
+    """
     if folder is None:
         return
     if folder.exists() and not folder.is_dir():
         raise InputError("is a file, not a folder", where=str(folder), remedy="name a new folder with -o")
     if folder.is_dir() and any(folder.iterdir()):
-        remedy = "name a new folder with -o, or leave -o out: runs/NAME-NUMBER is always new"
         raise InputError("the output folder is not empty", where=str(folder), remedy=remedy)
 
 

@@ -83,7 +83,9 @@ def load_runs(folders: Sequence[Path]) -> list[Any]:
     """The runs of run folders; a folder that holds several (a comparison) gives each of them."""
     from testbed.metrics.run import Run
 
-    found = [inner for folder in folders for inner in _run_folders(folder)]
+    # A shell's runs/x-1/* names the comparison beside the runs too.
+    chosen = [folder for folder in folders if not (folder / "compare.json").is_file()] or folders
+    found = [inner for folder in chosen for inner in _run_folders(folder)]
     return [Run.load(folder) for folder in found]
 
 

@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
@@ -82,6 +84,20 @@ def test_variants_are_compared(folder: Path, capsys: pytest.CaptureFixture[str])
     assert {path.name for path in (folder / "out").iterdir()} == {"normal", "overlap", "comparison"}
     assert invoke(["compare", "out/overlap", "out/normal"]) == OK
     assert "mean_ttft_ms" in capsys.readouterr().out
+    everything = [f"out/{path.name}" for path in sorted((folder / "out").iterdir())]  # as a shell writes out/*
+    assert invoke(["compare", *everything]) == OK
+    assert invoke(["compare", "out", "-o", "out"]) == WRONG_INPUT
+    err = capsys.readouterr().err
+    assert "name a new folder with -o" in err and "runs/NAME-NUMBER" not in err
+
+
+def test_provenance_says_when_where_and_with_what(folder: Path) -> None:
+    assert invoke(["simulate", "s.yaml", "--no-report", "--seed", "7"]) == OK
+    saved = json.loads((folder / "runs/small-quick-1/run.json").read_text())
+    assert saved["provenance"]["seed"] == 7
+    assert saved["provenance"]["numpy"] == np.__version__
+    assert datetime.now(UTC) - datetime.fromisoformat(saved["provenance"]["date"]) < timedelta(minutes=5)
+    assert (saved["meta"]["host"], saved["meta"]["device"]) == ("none", "constant")
 
 
 def test_report_of_a_saved_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
