@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,13 @@ from testbed import load_scenario, simulate
 from testbed.metrics.run import Run
 
 ROOT = Path(__file__).parent.parent
-DATE = "2026-11-21"
-"""When the committed results were made."""
+
+
+def is_smoke() -> bool:
+    """Whether a small run is asked for (``SMOKE=1``). Ends the program when it is given arguments: it takes none."""
+    if arguments := sys.argv[1:] if Path(sys.argv[0]).name == "analysis.py" else []:
+        raise SystemExit(f"unknown arguments: {' '.join(arguments)}; a small run is SMOKE=1 python {sys.argv[0]}")
+    return os.environ.get("SMOKE", "0") not in ("", "0")
 
 
 def variants(scenario: Path, *overrides: str) -> dict[str, Run]:
@@ -41,7 +49,7 @@ def provenance(folder: Path, seed: int | str, device: str, host: str) -> dict[st
         "device": device,
         "host profile": host,
         "machine": f"{_processor()}, Python {platform.python_version()}",
-        "date": DATE,
+        "date": datetime.now(UTC).date().isoformat(),
     }
 
 
@@ -54,16 +62,25 @@ def _processor() -> str:
 
 
 def save(folder: Path, table: pd.DataFrame, figures: Mapping[str, float], source: Mapping[str, str]) -> None:
-    """Write ``results/table.csv``, ``results/figures.json`` and ``results/provenance.json``."""
+    """Write ``table.csv``, ``figures.json`` and ``provenance.json`` into ``results``, and print table and figures.
+
+    A small run writes nothing: the committed results are those of the whole one.
+    """
+    rounded = {name: float(f"{value:.6g}") for name, value in figures.items()}
+    print(table.to_string(index=False), *(f"{name}: {value:g}" for name, value in rounded.items()), sep="\n")
+    if is_smoke():
+        return
     results = folder / "results"
     results.mkdir(exist_ok=True)
     table.to_csv(results / "table.csv", index=False, float_format="%.6g")
-    _write(results / "figures.json", {name: float(f"{value:.6g}") for name, value in figures.items()})
+    _write(results / "figures.json", rounded)
     _write(results / "provenance.json", dict(source))
 
 
 def save_figure(folder: Path, name: str, figure: Figure) -> None:
-    """Write ``figures/NAME.png``."""
+    """Write ``figures/NAME.png``; of a small run nothing."""
+    if is_smoke():
+        return
     (folder / "figures").mkdir(exist_ok=True)
     figure.savefig(folder / "figures" / f"{name}.png", dpi=150)
 

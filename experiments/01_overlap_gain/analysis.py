@@ -13,7 +13,6 @@
 # and two models on the map.
 
 # %%
-import os
 import sys
 import tempfile
 from itertools import product
@@ -25,7 +24,7 @@ import pandas as pd
 HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
 sys.path.insert(0, str(HERE.parent))
 
-from common import provenance, save, save_figure
+from common import is_smoke, provenance, save, save_figure
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
@@ -283,7 +282,6 @@ def _legend(figure: Figure, axes) -> None:
 
 # %%
 if __name__ == "__main__":
-    table, found = study(smoke="SMOKE" in os.environ)
+    table, found = study(smoke=is_smoke())
     save(HERE, table, found, provenance(HERE, 0, "constant times; modelled h100-sxm", ", ".join(HOSTS)))
     save_figure(HERE, "map", draw(table[table["kind"] == "engine"]))
-    print(table.to_string(index=False), found, sep="\n")

@@ -11,7 +11,6 @@
 # (`lpm`, `dfs_weight`) reorder the queue so that prefixes are used while they are there.
 
 # %%
-import os
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import pandas as pd
 HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
 sys.path.insert(0, str(HERE.parent))
 
-from common import figures_of, provenance, save, save_figure, variants
+from common import figures_of, is_smoke, provenance, save, save_figure, variants
 from matplotlib.figure import Figure
 
 from testbed.report.style import SERIES, house_style
@@ -84,7 +83,6 @@ def draw(table: pd.DataFrame) -> Figure:
 
 # %%
 if __name__ == "__main__":
-    table, found = study(smoke="SMOKE" in os.environ)
+    table, found = study(smoke=is_smoke())
     save(HERE, table, found, provenance(HERE, 0, "modelled h100-sxm", "sglang-0.5"))
     save_figure(HERE, "hit_rate_and_ttft", draw(table))
-    print(table.to_string(index=False), found, sep="\n")

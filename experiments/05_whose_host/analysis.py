@@ -11,7 +11,6 @@
 # the hosts of known engines, a model of 8B and one of 0.6B parameters?
 
 # %%
-import os
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import pandas as pd
 HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
 sys.path.insert(0, str(HERE.parent))
 
-from common import figures_of, provenance, save, save_figure, variants
+from common import figures_of, is_smoke, provenance, save, save_figure, variants
 from matplotlib.figure import Figure
 
 from testbed.costs import host_presets
@@ -86,7 +85,6 @@ def draw(table: pd.DataFrame) -> Figure:
 
 # %%
 if __name__ == "__main__":
-    table, found = study(smoke="SMOKE" in os.environ)
+    table, found = study(smoke=is_smoke())
     save(HERE, table, found, provenance(HERE, 0, "modelled h100-sxm", "every preset"))
     save_figure(HERE, "tpot_by_host", draw(table))
-    print(table.to_string(index=False), found, sep="\n")
