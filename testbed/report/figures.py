@@ -295,6 +295,7 @@ def comparison_bars(figures: Sequence[Compared], metrics: Sequence[str]) -> Figu
     for axes, metric in zip(panels, metrics, strict=False):
         cells = by_metric[metric]
         values = np.nan_to_num([cell.value for cell in cells])
+        ends = np.nan_to_num([cell.interval[1] if cell.interval else 0.0 for cell in cells])
         axes.barh(np.arange(len(names)), values, color=_colours(len(names)), height=0.62)
         for row, cell in enumerate(cells):
             if cell.interval and not np.isnan(cell.interval[0]):
@@ -306,7 +307,7 @@ def comparison_bars(figures: Sequence[Compared], metrics: Sequence[str]) -> Figu
             title=_title(metric),
             yticks=np.arange(len(names)),
             yticklabels=names,
-            xlim=(0, max(values.max() * 1.3, _LEAST)),
+            xlim=(0, max(values.max() * 1.3, ends.max() * 1.2, _LEAST)),
         )
         _bar_ticks(axes, percent=metric.endswith("_percent"))
         axes.grid(axis="y", visible=False)
