@@ -173,7 +173,7 @@ def execute(
         raise InputError(
             "this version runs on the wall clock only over a modelled device",
             where="run",
-            remedy="add --paced (execute(..., paced=True)), or use testbed simulate",
+            remedy="execute(..., paced=True), or simulate(...)",
         )
     chosen = _one(scenario, seed)
     engine = build_engine(chosen, checks=checks)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import textwrap
 from collections.abc import Callable
 from enum import StrEnum
 from typing import Annotated
 
 import typer
+
+from testbed.scenario.describe import did_you_mean
+from testbed.scenario.errors import InputError
 
 
 class Kind(StrEnum):
@@ -22,7 +26,7 @@ class Kind(StrEnum):
 
 
 def presets(
-    kind: Annotated[Kind | None, typer.Argument(help="Only these.", show_default=False)] = None,
+    kind: Annotated[str | None, typer.Argument(help=f"Only {', '.join(Kind)}.", show_default=False)] = None,
 ) -> None:
     """List the presets of models, devices, hosts, engines, traces and workloads."""
     listers: dict[Kind, Callable[[], dict[str, str]]] = {
@@ -33,12 +37,21 @@ def presets(
         Kind.TRACES: _traces,
         Kind.WORKLOADS: _workloads,
     }
-    for each in [kind] if kind else list(Kind):
+    if kind is not None and kind not in list(Kind):
+        hint = did_you_mean(kind, Kind)
+        raise InputError(
+            f"there are no presets of {kind!r}", where="presets", remedy=f"{hint} kinds: {', '.join(Kind)}".strip()
+        )
+    for each in [Kind(kind)] if kind else list(Kind):
         found = listers[each]()
+        columns = shutil.get_terminal_size((100, 24)).columns
         width = max(map(len, found), default=0)
         print(each.value)
         for name, summary in found.items():
-            print(f"  {name:<{width}}  {summary}".rstrip())
+            lines = textwrap.wrap(summary, max(columns - width - 4, 20)) or [""]
+            print(f"  {name:<{width}}  {lines[0]}".rstrip())
+            for line in lines[1:]:
+                print(f"  {'':<{width}}  {line}")
 
 
 def _models() -> dict[str, str]:
@@ -62,7 +75,7 @@ def _devices() -> dict[str, str]:
 def _hosts() -> dict[str, str]:
     from testbed.costs.host import host_presets, load_host
 
-    return {name: textwrap.shorten(load_host(name).source, 100, placeholder=" ...") for name in host_presets()}
+    return {name: " ".join(load_host(name).source.split()) for name in host_presets()}
 
 
 def _engines() -> dict[str, str]:

@@ -75,7 +75,7 @@ def run_scenario(
         print(f"{run.table()}\n\nrun: {folder / name}", flush=True)
         for note in run.meta["notes"]:
             if not note.startswith(("unmeasured: ", "guess: ")):  # these are in the report; what was cut is news
-                print(f"note: {note}", file=sys.stderr)
+                print(f"note: {name}{': ' if name else ''}{note}", file=sys.stderr)
         runs.append((folder / name, run))
         prefix = f"{name}: " if name else ""
         reasons += [prefix + reason for reason in missed_thresholds(run, thresholds)]

@@ -17,6 +17,7 @@ from testbed.scenario.checks import Problem, find_problems
 from testbed.scenario.describe import allowed, did_you_mean, field_key, field_type, is_kind, literals, models_at
 from testbed.scenario.engines import with_preset
 from testbed.scenario.errors import InputError, InputErrors, raise_all
+from testbed.scenario.models import model_presets
 from testbed.scenario.schema import Scenario
 from testbed.scenario.yaml_reader import Document, FieldPath, dotted, parse_yaml, read_yaml, to_yaml
 
@@ -224,6 +225,10 @@ def _schema_problem(detail: Mapping[str, Any], path: FieldPath, value: Any, data
         return Problem(inner, shown, f"{hint} allowed: {tags}".strip())
     place = field_type(Scenario, path)
     words = allowed(*place) if place else str(detail["msg"])
+    if kind == "missing" and path == ("model",):
+        words = f"a preset ({', '.join(model_presets())}) or a path to a config.json"
+    if kind == "missing" and path == ("workload",):
+        words += "; see docs/workloads.md"
     if kind == "missing":
         return Problem(path, "is required", f"add it: {words}")
     if kind == "value_error":

@@ -58,7 +58,11 @@ def fitted_names() -> list[str]:
 def fitted_table(name: str) -> FittedTable:
     """The table of this name; raises InputError, with the names there are, when there is none."""
     if name not in fitted_names():
-        raise InputError(f"no fitted table {name!r}", where="workload", remedy=f"one of {', '.join(fitted_names())}")
+        raise InputError(
+            "there is no such fitted table",
+            where=name,
+            remedy=f"one of {', '.join(fitted_names())}; see docs/workloads.md",
+        )
     data = json.loads((_folder() / f"{name}.json").read_text(encoding="utf-8"))
     lengths = data["lengths"]
     return FittedTable(

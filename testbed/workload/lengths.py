@@ -21,7 +21,7 @@ from testbed.workload.draw import (
     sample,
     whole_tokens,
 )
-from testbed.workload.fitted import fitted_table
+from testbed.workload.fitted import FittedTable, fitted_table
 from testbed.workload.traces.reader import find_trace, read_trace
 
 Role = Literal["prompt_tokens", "output_tokens", ""]
@@ -63,12 +63,11 @@ def length_draws(law: Lengths, seed: int, base_dir: Path) -> Iterator[tuple[int,
             strict=False,
         )
     if isinstance(law, FittedLengths):
-        return _fitted_pairs(law, seed)
+        return _fitted_pairs(fitted_table(law.name), seed)
     return _sampled_pairs(law, seed, base_dir)
 
 
-def _fitted_pairs(law: FittedLengths, seed: int) -> Iterator[tuple[int, int]]:
-    fitted = fitted_table(law.name)
+def _fitted_pairs(fitted: FittedTable, seed: int) -> Iterator[tuple[int, int]]:
     draws = zip(blocks(Uniforms(seed, "prompt lengths")), blocks(Uniforms(seed, "output lengths")), strict=False)
     for u_prompt, u_output in draws:
         prompts = whole_tokens(fitted.prompts(u_prompt)).tolist()

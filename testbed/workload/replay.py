@@ -120,7 +120,7 @@ class TraceWindow:
             raise self.file.error_at(
                 row,
                 f"{row.prompt_tokens} + {row.output_tokens} tokens exceed {self._terms.limit}",
-                f"too_long: truncate or drop, or a larger {self._terms.bound_by}",
+                f"workload.requests.too_long: truncate or drop, or a larger {self._terms.bound_by}",
             )
         scan.too_long += 1
         if self._config.too_long == "drop":

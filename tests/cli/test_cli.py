@@ -193,6 +193,17 @@ def test_presets(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.splitlines()[0] == "engines"
 
 
+def test_a_kind_of_presets_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(["presets", "model"]) == WRONG_INPUT
+    assert "did you mean 'models'?" in capsys.readouterr().err
+
+
+def test_presets_fit_the_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "90")
+    assert invoke(["presets"]) == OK
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 90
+
+
 def test_trace_stats(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = "arrival_s,input_tokens,output_tokens,client_id\n0,100,10,1\n1,300,30,2\n"
     (folder / "t.csv").write_text(rows, encoding="utf-8")
