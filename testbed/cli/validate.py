@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 
 
 def validate(scenario: options.ScenarioFile, settings: options.Settings = None) -> None:
-    """Check a scenario; print it with all values, and the memory and loop it implies."""
+    """Check a scenario; print the memory and loop it implies, then all its values."""
     loaded = options.read_scenario(scenario, settings)
-    print(resolved_yaml(loaded.scenario), end="")
     shown: list[tuple[str, str]] = []
     for name, one in (loaded.variants or {"": loaded.scenario}).items():
         with options.located(loaded, name):
             facts = list(implied(one))
         news = [fact for fact in facts if fact not in shown]
-        print(f"\n# {name or one.name}{'' if news else ': as above'}")
+        print(f"# {name or one.name}{'' if news else ': as above'}")
         for label, words in news:
             print(f"# {label + ':':<12}{words}")
         shown += news
+    print(f"\n{resolved_yaml(loaded.scenario)}", end="")
 
 
 def implied(scenario: Scenario) -> Iterator[tuple[str, str]]:

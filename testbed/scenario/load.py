@@ -73,6 +73,8 @@ def load_scenario(source: str | os.PathLike[str] | Mapping[str, Any], overrides:
     if not isinstance(document.data, dict):
         message = f"a scenario is a mapping of fields, not {_kind(document.data)}"
         raise InputError(message, where=document.where(()), remedy="begin with 'model: llama-3.1-8b'")
+    if not isinstance(source, Mapping):
+        document.data.setdefault("name", Path(source).stem)
     for text in overrides:
         _override(document, text)
     scenario, warnings = _build(document, folder)

@@ -172,7 +172,7 @@ CONFLICTS = [
     edited("unknown device", "h100-sxm", "h100-smx", "3:1", "device", "h100-sxm"),
     edited("unknown host", "name: broken", "host: sglang-05", "1:1", "host", "sglang-0.5"),
     edited("unknown engine preset", "page_size: 1", "preset: sglang-0.5", "7:3", "engine.preset", "sglang-0.5.1"),
-    edited("unknown fitted workload", "{kind: poisson, rate_per_s: 4}", "azure-conv-2024", "8:1", "azure-conv-2024", "azure-conv-2023"),
+    edited("unknown fitted workload", "{kind: poisson, rate_per_s: 4}", "azure-conv-2024", "9:3", "azure-conv-2024", "azure-conv-2023"),
     edited("constant device without memory", "device: h100-sxm", "device: {constant: {decode_ns: 5}}", "4:1", "engine.kv_tokens", "kv_tokens"),
     edited("dtype that the device lacks", "device: h100-sxm", "device: a100-sxm", "5:3", "fp8", "bfloat16", base=BASE.replace("loop: normal", "quantization: fp8")),
 ]
