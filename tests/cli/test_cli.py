@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
-from testbed import simulate
+from testbed import Run, simulate
 from testbed.cli.main import INTERNAL, INTERRUPTED, MISSED, OK, WRONG_INPUT, invoke
 from testbed.scenario.errors import InputError
+from testbed.scenario.schema import Scenario
 
 SCENARIO = """\
 name: Small & quick
@@ -247,6 +248,20 @@ class TestEndings:
         monkeypatch.setattr("testbed.api.simulate", interrupted)
         assert invoke(["simulate", "s.yaml"]) == INTERRUPTED
         assert not (folder / "runs").exists()
+
+    def test_interrupt_of_the_second_variant(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def interrupted(one: Scenario, **_: object) -> Run:
+            if one.name == "b":
+                raise KeyboardInterrupt
+            return simulate(one)
+
+        monkeypatch.setattr("testbed.api.simulate", interrupted)
+        (folder / "c.yaml").write_text(SCENARIO + "compare: {a: {seed: 1}, b: {seed: 2}}\n", encoding="utf-8")
+        assert invoke(["simulate", "c.yaml", "-o", "out"]) == INTERRUPTED
+        assert capsys.readouterr().err.splitlines() == ["finished variants are in out", "interrupted"]
+        assert (folder / "out/a/run.json").is_file()
 
     @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
     def test_interrupt_of_a_process(self, folder: Path) -> None:
