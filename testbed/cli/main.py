@@ -65,6 +65,8 @@ def invoke(arguments: Sequence[str]) -> int:
     except SystemExit as ended:
         if isinstance(ended.__context__, BrokenPipeError):
             return BROKEN_PIPE
+        if ended.code == INTERRUPTED:  # typer's own answer to Ctrl-C
+            print("interrupted", file=sys.stderr)
         return _flushed(ended.code if isinstance(ended.code, int) else OK)
     except InputError as error:
         for one in error.errors:
