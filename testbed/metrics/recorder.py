@@ -18,6 +18,7 @@ _STEP_FIELDS = (
     *("decode_rows", "extra_rows", "context_tokens", "evicted_tokens", "retracted", "graph"),
     *("running", "waiting", "free_tokens", "evictable_tokens"),
 )
+_STEP_PLACES = {name: place for place, name in enumerate(_STEP_FIELDS)}
 _SPAN_FIELDS = ("name", "step", "begin_ns", "end_ns")
 _REQUEST_FIELDS = (
     *("priority", "queued_ns", "first_scheduled_ns", "first_token_ns", "finish_ns"),
@@ -85,7 +86,7 @@ class Recorder:
         """The first ``count`` of many steps, by column; a column that is not given is 0."""
         table = np.zeros((count, len(_STEP_FIELDS)), dtype=np.int64)
         for name, values in columns.items():
-            table[:, _STEP_FIELDS.index(name)] = values if isinstance(values, int) else values[:count]
+            table[:, _STEP_PLACES[name]] = values if isinstance(values, int) else values[:count]
         self._steps.frombytes(table.tobytes())
         self._ratios.extend(ratios[:count])
 

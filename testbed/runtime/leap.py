@@ -23,8 +23,8 @@ from testbed.scheduler.scheduler import Scheduler
 if TYPE_CHECKING:
     from testbed.runtime.virtual import VirtualRuntime
 
-SHORTEST = 3
-"""Fewer steps are cheaper one by one."""
+SHORTEST = 8
+"""Fewer steps are cheaper one by one (measured)."""
 LONGEST = 1024
 
 
@@ -89,10 +89,12 @@ class Leaper:
             for stage in (Stage.SCHEDULE, Stage.PREPARE, Stage.SAMPLE, Stage.WAIT, Stage.PROCESS, Stage.SEND)
         )
         before_launch, after_result = receive + schedule + prepare, wait + process + send
-        to_launch = runtime.stage_price(Stage.LAUNCH, rows)
+        context, longest = running.context_tokens(), running.context_max()
+        # Kernels, and whether one graph holds them, depend on the rows alone.
+        _, kernels, graph = price(rows, context + rows, longest + 1)
+        to_launch = host.launch_ns(kernels, graph) + runtime.stage_price(Stage.LAUNCH, rows)
         now, free = runtime.local_ns, runtime.device_free_ns
         oldest_end = runtime.last_result.end_ns if in_flight else 0
-        context, longest = running.context_tokens(), running.context_max()
         table: list[tuple[int, ...]] = []
         for _ in range(steps):
             if now >= horizon_ns:
@@ -101,12 +103,16 @@ class Leaper:
             longest += 1
             cost = price(rows, context, longest)
             begin = now + before_launch
-            launched = begin + host.launch_ns(cost.kernels, cost.graph) + to_launch
-            start, free = device_time(cost, begin, launched, free)
+            launched = begin + to_launch
+            if graph:  # ``device_time``, spelled out
+                start = launched if launched > free else free
+                free = start + cost.gpu_ns
+            else:
+                start, free = device_time(cost, begin, launched, free)
             sampled = launched + sample
             awaited = oldest_end if in_flight else free
             resumed = sampled if sampled > awaited else awaited
-            table.append((now, begin, launched, sampled, resumed, start, free, context, longest, cost.graph))
+            table.append((now, begin, launched, sampled, resumed, start, free, context, longest, graph))
             oldest_end = free
             now = resumed + after_result
         if len(table) < SHORTEST:
@@ -161,14 +167,12 @@ class Leaper:
     def _take_pages(self, steps: int) -> tuple[list[NDArray[np.int32]], NDArray[np.int64]]:
         """Allocate and enter the pages of all steps, in the order of single steps; also the free tokens after each."""
         running, memory = self._scheduler.running, self._memory
-        pages: list[NDArray[np.int32]] = []
-        free = np.empty(steps, dtype=np.int64)
-        for step in range(steps):
-            taken = running.take_pages()
-            memory.owned_pages += len(taken)
-            pages.append(taken)
-            free[step] = memory.allocator.free_pages
-            self._scheduler.invariants.pages()
+        pages = running.take_pages_of(steps)
+        taken = np.array([len(part) for part in pages]).cumsum()
+        memory.owned_pages += int(taken[-1])
+        left = int(taken[-1]) - taken  # what later steps take
+        free = memory.allocator.free_pages + left
+        self._scheduler.invariants.pages_of(free, memory.owned_pages - left)
         return pages, free * memory.page_size
 
     def _decay(self, steps: int) -> list[float]:
@@ -189,9 +193,9 @@ class Leaper:
         spans[:, : Stage.WAIT, 1] = launches[:, None]
         spans[:, Stage.WAIT :, 1] = launches[:, None] - (self._runtime.launches - self._runtime.processed)
         # Before the launch and after the result the stages follow one another; their ends are running sums.
-        spans[:, : Stage.LAUNCH, 3] = now[:, None] + np.cumsum((receive, schedule, prepare))
+        spans[:, : Stage.LAUNCH, 3] = now[:, None] + (receive, receive + schedule, receive + schedule + prepare)
         spans[:, Stage.LAUNCH, 3], spans[:, Stage.SAMPLE, 3] = launched, sampled
-        spans[:, Stage.WAIT :, 3] = resumed[:, None] + np.cumsum((wait, process, send))
+        spans[:, Stage.WAIT :, 3] = resumed[:, None] + (wait, wait + process, wait + process + send)
         spans[:, 1:, 2] = spans[:, :-1, 3]
         spans[:, Stage.RECEIVE, 2], spans[:, Stage.LAUNCH, 2], spans[:, Stage.WAIT, 2] = now, begin, resumed
         lasting = spans[0, :, 2] < spans[0, :, 3]

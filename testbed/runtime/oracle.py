@@ -13,7 +13,7 @@ from testbed.tokens import STEP, oracle_key, scale
 from testbed.workload.base import TimedRequest
 
 FAR = 1 << 62
-BLOCK = 4
+BLOCK = 8
 
 
 class Oracle:
@@ -47,10 +47,7 @@ class Oracle:
             return scale(self._prefill_states(batch), self._vocab_size), self._stops(batch)
         if batch.decodes is not self._rows:
             self._look_up(batch)
-        ahead = batch.advance - self._block_from
-        if not 0 <= ahead < BLOCK:
-            ahead = self._fill_block(batch.advance)
-        token_ids = self._block[ahead]
+        token_ids = self._token_ids(batch.advance)
         if batch.prefills:
             token_ids = np.concatenate((scale(self._prefill_states(batch), self._vocab_size), token_ids))
             return token_ids, self._stops(batch)
@@ -65,12 +62,20 @@ class Oracle:
         ahead = np.arange(advance + 1, advance + 1 + steps, dtype=np.uint64) * np.uint64(STEP)
         return scale(ahead[:, None] + self._states, self._vocab_size)
 
-    def _fill_block(self, advance: int) -> int:
-        """Token ids of the next steps of the same rows, int32 [BLOCK, rows]: the cost of one step's, nearly."""
+    def _token_ids(self, advance: int) -> NDArray[np.int32]:
+        """Token ids of the rows at ``advance``. Rows that stay get a block of steps at once: that costs little more
+        than one step's; rows that are new may be gone with the next."""
+        ahead = advance - self._block_from
+        if 0 <= ahead < BLOCK:
+            block: NDArray[np.int32] = self._block[ahead]
+            return block
+        if self._block_from == FAR:
+            self._block_from = FAR - 1
+            return scale(self._states + np.uint64(advance * STEP % 2**64), self._vocab_size)
         self._block_from = advance
-        steps = np.arange(advance, advance + BLOCK, dtype=np.uint64) * np.uint64(STEP)
-        self._block = scale(steps[:, None] + self._states, self._vocab_size)
-        return 0
+        self._block = self.tokens_ahead(advance - 1, BLOCK)
+        first: NDArray[np.int32] = self._block[0]
+        return first
 
     def _look_up(self, batch: Batch) -> None:
         """Per membership of the running batch: each row's state at advance 0, and the advance it ends at.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from testbed.batch import Batch, ForwardMode
 from testbed.memory import Node
@@ -35,6 +36,8 @@ class Invariants:
         self._scheduler = scheduler
         self.every_step = every_step
         self._ended: set[int] = set()
+        self._met = np.zeros(scheduler.memory.allocator.num_pages + 1, dtype=np.bool_)
+        """Scratch of the full check, kept: a fresh one costs more than the check."""
         self.evaluations = {"pages": 0, "full": 0, "batch": 0, "ended_once": 0, "idle": 0}
 
     def _require(self, truth: bool, check: str, message: str) -> None:
@@ -84,6 +87,14 @@ class Invariants:
                 f"{allocator.quarantined_pages} + cached {cached} + owned {memory.owned_pages} = {total}, "
                 f"not the capacity of {allocator.num_pages}",
             )
+
+    def pages_of(self, free_pages: NDArray[np.int64], owned_pages: NDArray[np.int64]) -> None:
+        """``pages`` for many steps between which nothing was cached or quarantined: int64 [steps] both."""
+        self.evaluations["pages"] += len(free_pages)
+        memory = self._scheduler.memory
+        cached = (memory.cache.evictable_tokens + memory.cache.protected_tokens) // memory.page_size
+        total = free_pages + owned_pages + (memory.allocator.quarantined_pages + cached)
+        self._require(bool((total == memory.allocator.num_pages).all()), "pages", "the totals of a leap do not add up")
 
     def batch(self, batch: Batch) -> None:
         """A batch keeps the limits and has every request once, none of them waiting (3.1 rows 20, 22). That the running
@@ -144,11 +155,11 @@ class Invariants:
         ]
         parts = [memory.allocator.free_list(), memory.allocator.quarantine_list(), *owned, *(n.pages for n in nodes)]
         # As many entries as pages, and every page met: then every page is met once.
-        met = np.zeros(memory.allocator.num_pages + 1, dtype=np.bool_)
+        pages, met = np.concatenate(parts), self._met
+        met[:] = False
         met[0] = True
-        for part in parts:
-            met[part] = True
-        whole = sum(map(len, parts)) == memory.allocator.num_pages and bool(met.all())
+        met[pages] = True
+        whole = len(pages) == memory.allocator.num_pages and bool(met.all())
         self._require(whole, "full", "the pages are not partitioned among free, cached, owned and quarantined")
         self._require(sum(map(len, owned)) == memory.owned_pages, "full", "owned pages miscounted")
         slots = sorted([*memory.slots.free_list(), *(request.slot for request in holders)])

@@ -152,6 +152,18 @@ class RunningBatch:
         self.advance = advance + 1
         return pages
 
+    def take_pages_of(self, steps: int) -> list[NDArray[np.int32]]:
+        """``take_pages`` of ``steps`` steps, with the same pages in the same order."""
+        if self._page_size > 1:
+            return [self.take_pages() for _ in range(steps)]
+        # The free list is a stack: the first step's pages are those on top.
+        pages = self._allocator.alloc(steps * len(self.requests)).reshape(steps, -1)[::-1]
+        shift = self.advance - self.since
+        places = np.arange(shift, shift + steps)[:, None] + self._page_base
+        self._tables.pages_flat[places] = pages
+        self.advance += steps
+        return list(pages)
+
     def decode_into(self, batch: Batch) -> int:
         """One more token for every row: room for it, and the rows as ``batch``'s decodes. Returns the pages taken."""
         pages = self.take_pages()
