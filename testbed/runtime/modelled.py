@@ -1,44 +1,12 @@
-"""What both modelled devices (virtual and paced) ask of a cost model and a host profile, and how a launch is priced."""
+"""What both modelled devices (virtual and paced) share: how a launch is priced, and how a run can fail."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-from testbed.batch import Batch, BatchShape, StepCost
-from testbed.ports import Stage
+from testbed.batch import Batch, StepCost
+from testbed.costs import CostModel
 from testbed.scenario.errors import InputError
-
-
-class CostModel(Protocol):
-    """What a step costs on the device."""
-
-    def price(self, shape: BatchShape) -> StepCost:
-        """Device time, kernels, and whether one graph holds them."""
-        ...
-
-    def price_decode(self, rows: int, context_tokens: int, context_max: int) -> StepCost:
-        """The same for a pure decode step."""
-        ...
-
-
-class HostProfile(Protocol):
-    """What a stage of the loop costs on the host."""
-
-    def price(
-        self,
-        stage: Stage,
-        rows: int = 0,
-        new_tokens: int = 0,
-        admitted: int = 0,
-        waiting: int = 0,
-        matched_tokens: int = 0,
-    ) -> int:
-        """Nanoseconds."""
-        ...
-
-    def launch_ns(self, kernels: int, graph: bool) -> int:
-        """Nanoseconds to launch a step."""
-        ...
 
 
 class Deadlock(InputError):

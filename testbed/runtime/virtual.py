@@ -16,10 +16,11 @@ import simpy
 from simpy.events import URGENT
 
 from testbed.batch import Batch, StepResult
+from testbed.costs import CostModel, HostProfile
 from testbed.messages import ControlOutput, Message, RequestOutput
 from testbed.metrics.recorder import Recorder
 from testbed.ports import Stage
-from testbed.runtime.modelled import CostModel, Deadlock, HostProfile, device_time, price_batch
+from testbed.runtime.modelled import Deadlock, device_time, price_batch
 from testbed.runtime.oracle import FAR, Oracle
 from testbed.runtime.traffic import Traffic
 from testbed.workload.base import TimedRequest, Workload

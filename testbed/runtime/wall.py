@@ -13,10 +13,11 @@ from heapq import heappop, heappush
 from typing import Any
 
 from testbed.batch import Batch, StepResult
+from testbed.costs import CostModel, HostProfile
 from testbed.messages import ControlOutput, Message, RequestOutput
 from testbed.metrics.recorder import Recorder
 from testbed.ports import Stage
-from testbed.runtime.modelled import CostModel, Deadlock, HostProfile, device_time, price_batch
+from testbed.runtime.modelled import Deadlock, device_time, price_batch
 from testbed.runtime.oracle import Oracle
 from testbed.runtime.traffic import Traffic
 from testbed.workload.base import TimedRequest, Workload
