@@ -90,9 +90,7 @@ class Leaper:
         )
         before_launch, after_result = receive + schedule + prepare, wait + process + send
         context, longest = running.context_tokens(), running.context_max()
-        # Kernels, and whether one graph holds them, depend on the rows alone.
-        _, kernels, graph = price(rows, context + rows, longest + 1)
-        to_launch = host.launch_ns(kernels, graph) + runtime.stage_price(Stage.LAUNCH, rows)
+        to_launch = runtime.stage_price(Stage.LAUNCH, rows)
         now, free = runtime.local_ns, runtime.device_free_ns
         oldest_end = runtime.last_result.end_ns if in_flight else 0
         table: list[tuple[int, ...]] = []
@@ -103,16 +101,12 @@ class Leaper:
             longest += 1
             cost = price(rows, context, longest)
             begin = now + before_launch
-            launched = begin + to_launch
-            if graph:  # ``device_time``, spelled out
-                start = launched if launched > free else free
-                free = start + cost.gpu_ns
-            else:
-                start, free = device_time(cost, begin, launched, free)
+            launched = begin + host.launch_ns(cost.kernels, cost.graph) + to_launch
+            start, free = device_time(cost, begin, launched, free)
             sampled = launched + sample
             awaited = oldest_end if in_flight else free
             resumed = sampled if sampled > awaited else awaited
-            table.append((now, begin, launched, sampled, resumed, start, free, context, longest, graph))
+            table.append((now, begin, launched, sampled, resumed, start, free, context, longest, cost.graph))
             oldest_end = free
             now = resumed + after_result
         if len(table) < SHORTEST:
@@ -198,5 +192,4 @@ class Leaper:
         spans[:, Stage.WAIT :, 3] = resumed[:, None] + (wait, wait + process, wait + process + send)
         spans[:, 1:, 2] = spans[:, :-1, 3]
         spans[:, Stage.RECEIVE, 2], spans[:, Stage.LAUNCH, 2], spans[:, Stage.WAIT, 2] = now, begin, resumed
-        lasting = spans[0, :, 2] < spans[0, :, 3]
-        self._scheduler.recorder.spans_at_once(spans if lasting.all() else spans[:, lasting])
+        self._scheduler.recorder.spans_at_once(spans[spans[:, :, 2] < spans[:, :, 3]])

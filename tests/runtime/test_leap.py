@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from testbed import Run, load_scenario, simulate
+from testbed.batch import BatchShape, StepCost
 
 ENGINES: list[dict[str, Any]] = [
     {},
@@ -110,3 +111,31 @@ def test_tensor_parallel_launches_cost_by_row_too() -> None:
         if lane == 0 and name == 3
     ]
     assert min(launches) > 20_000 + 40_000 + 20 * 350
+
+
+class TurnsEager:
+    """A user's own cost model: from 400 tokens of context on its steps are no graph, and cost nothing to launch
+    at every third length."""
+
+    def __init__(self, *parts: object) -> None:
+        pass
+
+    def price(self, shape: BatchShape) -> StepCost:
+        longest = shape.context_max
+        return StepCost(2_000_000, 0 if longest % 3 == 0 else longest, longest < 400)
+
+
+@pytest.mark.parametrize("host", ["sglang-0.5", "none"])
+@pytest.mark.parametrize("loop", ["normal", "overlap"])
+def test_whatever_the_cost_model(loop: str, host: str) -> None:
+    engine = {"loop": loop}
+    workload = {
+        "arrivals": {"kind": "poisson", "rate_per_s": 6},
+        "lengths": {"prompt_tokens": 300, "output_tokens": 200},
+        "count": 12,
+    }
+    own = f"{__file__}:TurnsEager"
+    scenario = {"model": "qwen3-0.6b", "host": host, "cost_model": own, "engine": engine, "workload": workload}
+    leaping, walking = (simulate(load_scenario(scenario).scenario, leap=leap) for leap in (True, False))
+    assert differences(leaping, walking) == []
+    assert leaping.records.counters["steps_leapt"] > 100
