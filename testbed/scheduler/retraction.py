@@ -22,9 +22,7 @@ def retract_decode(scheduler: Scheduler, batch: Batch) -> None:
     running, rules = scheduler.running, scheduler.rules
     rows = _order(scheduler)
     opening = np.zeros(len(running), dtype=np.int64)
-    opening[:] = 1 if scheduler.config.page_size == 1 else 0
-    if scheduler.config.page_size > 1:
-        opening[running.rows_opening_a_page()] = scheduler.config.page_size
+    opening[running.rows_opening_a_page()] = scheduler.config.page_size
     requests = running.requests
 
     def wanted() -> int:
@@ -33,8 +31,11 @@ def retract_decode(scheduler: Scheduler, batch: Batch) -> None:
         return int(opening[rows].sum())
 
     victims: list[Request] = []
-    if _newest_is_half_computed(scheduler):
-        victims.append(_retract_chunked(scheduler))
+    chunked = scheduler.chunked
+    if chunked is not None and _is_the_newest(scheduler, chunked):
+        scheduler.chunked = None
+        _retract(scheduler, chunked)
+        victims.append(chunked)
         batch.evicted_tokens += scheduler.memory.make_room(wanted())
     while rows and (not victims or scheduler.memory.allocator.available_tokens < wanted()):
         if len(rows) == 1 and (scheduler.chunked is None or rules.can_stall):
@@ -64,23 +65,10 @@ def _order(scheduler: Scheduler) -> list[int]:
     return sorted(rows, key=lambda r: (requests[r].outputs_known(done), -requests[r].prompt_tokens), reverse=True)
 
 
-def _newest_is_half_computed(scheduler: Scheduler) -> bool:
+def _is_the_newest(scheduler: Scheduler, chunked: Request) -> bool:
     """Under ``retract_victim: newest`` the request whose prompt is half computed goes before older ones that decode."""
-    chunked = scheduler.chunked
-    if scheduler.rules.retract_victim != "newest" or chunked is None:
-        return False
-    return chunked.rank > max(request.rank for request in scheduler.running.requests)
-
-
-def _retract_chunked(scheduler: Scheduler) -> Request:
-    request = scheduler.chunked
-    assert request is not None
-    scheduler.chunked = None
-    scheduler.memory.drop(request, scheduler.allocated_tokens(request))
-    request.retractions += 1
-    if request.retracted_at_ns < 0:
-        request.retracted_at_ns = scheduler.now_ns
-    return request
+    youngest = max(request.rank for request in scheduler.running.requests)
+    return scheduler.rules.retract_victim == "newest" and chunked.rank > youngest
 
 
 def _retract(scheduler: Scheduler, request: Request) -> None:
