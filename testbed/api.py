@@ -103,7 +103,7 @@ def build_engine(scenario: Scenario, *, checks: Checks = "delta") -> Engine:
     workload = build_workload(
         scenario.workload,
         seed=scenario.seed,
-        context_length=scheduler.max_request_tokens - 5,  # SGLang's reserve, B.11
+        context_length=scheduler.max_prompt_tokens,
         bound_by="engine.kv_tokens" if capacity_tokens < context_length else "engine.context_length",
         vocab_size=model.vocab,
         base_dir=base_dir,
@@ -270,9 +270,12 @@ def _kv_tokens(scenario: Scenario, model: ModelSpec, device: DeviceProfile | Non
 
 def _report_progress(engine: Engine, traffic: Traffic, progress: Progress) -> None:
     scheduler, expected = engine.scheduler, engine.workload.expected_requests()
+    due = PROGRESS_EVERY_STEPS
 
     def step() -> None:
-        if scheduler.steps % PROGRESS_EVERY_STEPS == 0:
+        nonlocal due
+        if scheduler.steps >= due:  # a leap may pass it
+            due = scheduler.steps + PROGRESS_EVERY_STEPS
             progress(scheduler.now_ns, traffic.ended, len(scheduler.running), len(scheduler.waiting), expected)
 
     scheduler.on_step = step

@@ -13,7 +13,6 @@ from testbed.tokens import STEP, oracle_key, scale
 from testbed.workload.base import TimedRequest
 
 FAR = 1 << 62
-BLOCK = 8
 
 
 class Oracle:
@@ -30,8 +29,6 @@ class Oracle:
         self._states = np.empty(0, np.uint64)
         self._ends = np.empty(0, np.int64)
         self._next_end = FAR
-        self._block = np.empty((0, 0), np.int32)
-        self._block_from = FAR
 
     def expect(self, timed: TimedRequest) -> None:
         """A request was sent: remember where it ends if that is before what the scheduler was told."""
@@ -47,7 +44,7 @@ class Oracle:
             return scale(self._prefill_states(batch), self._vocab_size), self._stops(batch)
         if batch.decodes is not self._rows:
             self._look_up(batch)
-        token_ids = self._token_ids(batch.advance)
+        token_ids = scale(self._states + np.uint64(batch.advance * STEP % 2**64), self._vocab_size)
         if batch.prefills:
             token_ids = np.concatenate((scale(self._prefill_states(batch), self._vocab_size), token_ids))
             return token_ids, self._stops(batch)
@@ -62,21 +59,6 @@ class Oracle:
         ahead = np.arange(advance + 1, advance + 1 + steps, dtype=np.uint64) * np.uint64(STEP)
         return scale(ahead[:, None] + self._states, self._vocab_size)
 
-    def _token_ids(self, advance: int) -> NDArray[np.int32]:
-        """Token ids of the rows at ``advance``. Rows that stay get a block of steps at once: that costs little more
-        than one step's; rows that are new may be gone with the next."""
-        ahead = advance - self._block_from
-        if 0 <= ahead < BLOCK:
-            block: NDArray[np.int32] = self._block[ahead]
-            return block
-        if self._block_from == FAR:
-            self._block_from = FAR - 1
-            return scale(self._states + np.uint64(advance * STEP % 2**64), self._vocab_size)
-        self._block_from = advance
-        self._block = self.tokens_ahead(advance - 1, BLOCK)
-        first: NDArray[np.int32] = self._block[0]
-        return first
-
     def _look_up(self, batch: Batch) -> None:
         """Per membership of the running batch: each row's state at advance 0, and the advance it ends at.
 
@@ -85,7 +67,7 @@ class Oracle:
         """
         self._rows = batch.decodes
         self._states = self._keys[batch.slots] + batch.start.astype(np.uint64) * np.uint64(STEP)
-        self._next_end, self._block_from = FAR, FAR
+        self._next_end = FAR
         stop_at = self._stop_at
         if not stop_at:
             return

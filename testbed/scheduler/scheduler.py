@@ -117,6 +117,11 @@ class Scheduler:
         return with_priority(chosen, config.low_priority_values_first, config.retract_to == "arrival_rank")
 
     @property
+    def max_prompt_tokens(self) -> int:
+        """A prompt is shorter than this (SGLang's reserve, specification B.11)."""
+        return self.max_request_tokens - 5
+
+    @property
     def free_and_evictable_tokens(self) -> int:
         """What an admission may count on."""
         return self.memory.free_and_evictable_tokens
@@ -167,7 +172,7 @@ class Scheduler:
 
     def _refusal(self, source: GenerateRequest) -> tuple[int, str] | None:
         """(status, reason) when a request cannot be served at all."""
-        limit = self.max_request_tokens - 5  # SGLang's reserve, B.11
+        limit = self.max_prompt_tokens
         if source.rid in self.requests:
             return 400, f"a request with the id {source.rid!r} is being served"
         if len(source.prompt) == 0:

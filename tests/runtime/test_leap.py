@@ -139,3 +139,19 @@ def test_whatever_the_cost_model(loop: str, host: str) -> None:
     leaping, walking = (simulate(load_scenario(scenario).scenario, leap=leap) for leap in (True, False))
     assert differences(leaping, walking) == []
     assert leaping.records.counters["steps_leapt"] > 100
+
+
+def test_progress_is_reported_across_leaps() -> None:
+    scenario = {
+        "model": "qwen3-0.6b",
+        "host": "sglang-0.5",
+        "workload": {
+            "arrivals": {"kind": "all_at_once"},
+            "lengths": {"prompt_tokens": 64, "output_tokens": 3000},
+            "count": 4,
+        },
+    }
+    seen: list[int] = []
+    done = simulate(load_scenario(scenario).scenario, progress=lambda now_ns, *_: seen.append(now_ns))
+    assert done.records.counters["steps_leapt"] > 2000
+    assert len(seen) >= 3 and seen == sorted(set(seen))
