@@ -29,7 +29,7 @@ FLOORS = {
     "report": 8,
     "cli": 9,
 }
-CONTRACTS = {"tokens", "ports", "batch", "messages", "request"}
+CONTRACTS = {"tokens", "ports", "batch", "messages", "request", "sampling"}
 """The modules on floor 1 that speak of one another: one room without a folder."""
 
 IMPORTERS = {
