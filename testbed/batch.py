@@ -75,6 +75,8 @@ class Batch:
     output_shift = 0
     advance = 0
     retracted: Sequence[Request] = ()
+    rewritten: Sequence[tuple[int, int]] = ()
+    """(slot, pages): rows of the page table whose first pages are others now than at their last launch."""
     evicted_tokens = 0
     decodes_behind = False
     """Whether its prefills join the running batch in front of the decodes (SGLang's mixed batches)."""
@@ -105,6 +107,19 @@ class Batch:
         return self.start + self.advance
 
 
+class StepLogprobs(NamedTuple):
+    """Log-probabilities of one step, where some row wants them: see ``testbed.messages.Logprobs``."""
+
+    tokens: NDArray[np.float32]
+    """float32 [rows]: of each row's token."""
+    top_ids: NDArray[np.int32]
+    """int32 [rows, k]: the most likely tokens, k the most that a row wants."""
+    top: NDArray[np.float32]
+    """float32 [rows, k]"""
+    prompt: NDArray[np.float32]
+    """float32 [new tokens of the prefills], or empty: element i belongs to the prompt token after new token i."""
+
+
 class StepResult(NamedTuple):
     """What the device returns for a batch.
 
@@ -119,3 +134,6 @@ class StepResult(NamedTuple):
     start_ns: int = 0
     end_ns: int = 0
     graph: bool = False
+    logprobs: StepLogprobs | None = None
+    invalid: tuple[int, ...] = ()
+    """Rows for which there is no token: logits that are not finite, or a mask that forbids everything."""

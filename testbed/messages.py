@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from testbed.sampling import DEFAULT_SAMPLING, SamplingParams
 from testbed.tokens import token_ids
 
 
@@ -67,7 +68,13 @@ class GenerateRequest:
     extra_key: str = ""
     """Name space of the prefix cache: requests with different keys never share pages."""
     stream: bool = True
+    sampling: SamplingParams = DEFAULT_SAMPLING
     return_logprob: bool = False
+    """Log-probabilities of the outputs under the model's own distribution; the fields below say of what else."""
+    top_logprobs: int = 0
+    """And of this many most likely tokens beside each."""
+    logprob_start: int = -1
+    """And of the prompt's tokens behind this position; -1: none."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -128,6 +135,22 @@ Message = (
 )
 
 
+class Logprobs:
+    """Log-probabilities that a request asked for, as they come in (natural logarithm, float32)."""
+
+    __slots__ = ("prompt", "start", "tokens", "top")
+
+    def __init__(self, start: int, prompt_tokens: int) -> None:
+        self.start = start
+        """Prompt tokens behind this position are wanted; -1: none."""
+        self.prompt = np.full(prompt_tokens if start >= 0 else 0, np.nan, dtype=np.float32)
+        """float32 [prompt tokens], or empty: element i belongs to prompt token i; NaN up to ``start``."""
+        self.tokens: list[float] = []
+        """One for each output token."""
+        self.top: list[tuple[NDArray[np.int32], NDArray[np.float32]]] = []
+        """For each output token: the most likely ones, their log-probabilities. Empty when nobody asked."""
+
+
 @dataclass(slots=True, frozen=True)
 class RequestOutput:
     """The end of a request, sent once."""
@@ -141,6 +164,8 @@ class RequestOutput:
     prompt_tokens: int
     cached_tokens: int
     output_ids: NDArray[np.int32]
+    logprobs: Logprobs | None = None
+    """When the request asked for them."""
 
 
 @dataclass(slots=True, frozen=True)

@@ -7,7 +7,7 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from testbed.messages import GenerateRequest
+from testbed.messages import GenerateRequest, Logprobs
 
 NEVER = -1
 """A time stamp (ns) that has not happened, a slot that is not held, a step that is not known."""
@@ -49,6 +49,7 @@ class Request:
         "joined",
         "kv_tokens",
         "last_node",
+        "logprobs",
         "matched",
         "max_new_tokens",
         "message",
@@ -67,9 +68,11 @@ class Request:
         "retractions",
         "rid",
         "sampled",
+        "sampling",
         "segments",
         "slot",
         "status",
+        "top_logprobs",
     )
 
     def __init__(self, source: GenerateRequest, rank: int, fill_ids: NDArray[np.int32], max_new_tokens: int) -> None:
@@ -82,6 +85,12 @@ class Request:
         self.ignore_eos = source.ignore_eos
         self.priority = source.priority
         self.extra_key = source.extra_key
+        self.sampling = source.sampling
+        self.logprobs: Logprobs | None = None
+        """What it asked for of them, as they come in."""
+        self.top_logprobs = source.top_logprobs
+        if source.return_logprob:
+            self.logprobs = Logprobs(source.logprob_start, self.prompt_tokens)
 
         self.slot = NEVER
         self.prefix_tokens = 0
@@ -121,6 +130,14 @@ class Request:
         self.segments: list[tuple[int, int]] = []
         """Token times as (first advance, count) of the running batch's list of advance times; (-1 - ns, 1) for a
         prefill's token."""
+
+    @property
+    def matchable_ids(self) -> NDArray[np.int32]:
+        """The tokens that the prefix cache may provide: one at least is computed, and every one whose successor's
+        log-probability is wanted (specification B.5)."""
+        if self.logprobs is not None and self.logprobs.start >= 0 and not self.old_outputs:
+            return self.fill_ids[: min(self.logprobs.start, len(self.fill_ids) - 1)]
+        return self.fill_ids[:-1]
 
     def outputs_known(self, advances_done: int) -> int:
         """Output tokens whose ids are known after ``advances_done`` decode results were processed."""

@@ -94,6 +94,7 @@ class KvMemory:
             self._free(row[request.prefix_tokens // p : there // p])
             match: Match = self.cache.match(tokens, request.extra_key)
             row[: aligned // p] = match.pages
+            self.slots.rewritten.append((request.slot, aligned // p))
             node = match.node
         self.owned_pages -= (aligned - max(there, request.prefix_tokens)) // p
         self._move_lock(request, node)

@@ -49,6 +49,9 @@ class RequestSlots:
         self.outputs_flat = _untouched(count * self.output_stride)
         self.pages = self.pages_flat.reshape(count, self.page_stride)
         self.outputs = self.outputs_flat.reshape(count, self.output_stride)
+        self.rewritten: list[tuple[int, int]] = []
+        """(slot, pages): rows whose first pages were replaced behind what is computed, since the last launch: a device
+        that keeps a copy of the table must be told."""
         self._free = list(range(count - 1, -1, -1))
 
     @property

@@ -118,7 +118,7 @@ class PrefillAdder:
         estimated = self.rules.reserve == "estimate" and not self.rules.can_stall and not alone
         if estimated and self._reserve(request) + 1 >= self.total_left:
             return Verdict.NO_TOKENS  # not even with all but one token cached: a blocked head is not matched every step
-        match = scheduler.cache.match(request.fill_ids[:-1], request.extra_key)
+        match = scheduler.cache.match(request.matchable_ids, request.extra_key)
         prefix = len(match.pages) * self.page_size
         new = len(request.fill_ids) - prefix
         if self._refuses(request, new, alone):

@@ -90,7 +90,7 @@ def match_prefixes(waiting: list[Request], scheduler: Scheduler) -> tuple[list[N
     deprioritised: set[int] = set()
     scratch = RadixCache(PageAllocator(1, 1))
     for request in waiting:
-        tokens = request.fill_ids[:-1]
+        tokens = request.matchable_ids
         match = scheduler.cache.match(tokens, request.extra_key)
         request.matched = len(match.pages) * config.page_size
         last_nodes.append(match.node)

@@ -24,12 +24,15 @@ from testbed.scheduler.batching import STRATEGIES, BatchingStrategy
 from testbed.scheduler.decisions import DecisionLog
 from testbed.scheduler.dispatch import dispatch
 from testbed.scheduler.invariants import Invariants
+from testbed.scheduler.logprobs import keep_logprobs
 from testbed.scheduler.policies import CACHE_AWARE, POLICIES, Policy, fcfs, with_priority
 from testbed.scheduler.retraction import retract_decode
 from testbed.scheduler.running import RunningBatch
 
 Checks = Literal["delta", "full"]
 MAX_NEW_TOKENS_UNBOUNDED = 1 << 30
+MOST_TOP_LOGPROBS = 128
+"""SGLang's limit too."""
 
 
 class Scheduler:
@@ -181,6 +184,13 @@ class Scheduler:
             return 400, f"the prompt has {len(source.prompt)} tokens; this engine takes fewer than {limit}"
         if source.max_new_tokens is not None and source.max_new_tokens < 0:
             return 400, "max_new_tokens is negative"
+        wrong = source.sampling.problem(self.vocab_size, source.max_new_tokens)
+        if wrong is not None:
+            return 400, wrong
+        if source.logprob_start >= len(source.prompt) or source.logprob_start < -1:
+            return 400, f"logprob_start is {source.logprob_start}; the prompt has {len(source.prompt)} tokens"
+        if not 0 <= source.top_logprobs <= MOST_TOP_LOGPROBS:
+            return 400, f"top_logprobs is {source.top_logprobs}; it must lie in [0, {MOST_TOP_LOGPROBS}]"
         queued = self.config.max_queued_requests
         if queued is not None and len(self.waiting) + 1 > queued:
             return 503, "The request queue is full."
@@ -217,6 +227,7 @@ class Scheduler:
             request.prompt_tokens,
             max(request.cached_tokens, 0),
             request.output_ids,
+            request.logprobs,
         )
 
     # -- decision -----------------------------------------------------------------------------------------------------
@@ -437,6 +448,9 @@ class Scheduler:
             batch.retracted = [*self.vacated.retracted, *batch.retracted]
             batch.evicted_tokens += self.vacated.evicted_tokens
             self.vacated = None
+        slots = self.memory.slots
+        if slots.rewritten:
+            batch.rewritten, slots.rewritten = slots.rewritten, []
         prefills, running, allocator = batch.prefills, self.running, self.memory.allocator
         rows = len(batch.decodes)
         if prefills:
@@ -468,6 +482,10 @@ class Scheduler:
         self.in_flight.pop(0)
         self.stalled = self.idle_checked = False
         ended, self.failed = self.failed, []
+        if result.logprobs is not None:
+            keep_logprobs(batch, result.logprobs)
+        if result.invalid:
+            self._end_invalid(batch, result, ended)
         if batch.prefills:
             self._process_prefills(batch, result, ended)
         if batch.decodes:
@@ -508,9 +526,24 @@ class Scheduler:
                 if request.finish_reason is None and request.in_running:
                     self._finish(request, FinishReason.STOP, ended)
 
-    def _finish(self, request: Request, reason: FinishReason, ended: list[Request]) -> None:
+    def _end_invalid(self, batch: Batch, result: StepResult, ended: list[Request]) -> None:
+        """Requests without a token end with an error, before the result is applied: nothing of it is kept."""
+        first = len(batch.prefills)
+        for row in result.invalid:
+            if row < first:
+                request, _, _, last = batch.prefills[row]
+                dropped = not last or request.slot == NEVER or request.pending_prefills != 1
+            else:
+                request = batch.decodes[row - first]
+                dropped = not request.in_running
+            if request.finish_reason is None and not dropped:
+                self._finish(request, FinishReason.ERROR, ended, "the model's logits leave no token to choose", 500)
+
+    def _finish(
+        self, request: Request, reason: FinishReason, ended: list[Request], message: str = "", status: int = 200
+    ) -> None:
         self._release(request)
-        self._end(request, reason, "", 200)
+        self._end(request, reason, message, status)
         ended.append(request)
 
     def allocated_tokens(self, request: Request) -> int:
