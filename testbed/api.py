@@ -39,6 +39,7 @@ from testbed.runtime import virtual, wall
 from testbed.runtime.leap import Leaper
 from testbed.runtime.modelled import OutOfMemory
 from testbed.runtime.oracle import Oracle
+from testbed.runtime.paced import PacedDevice
 from testbed.runtime.traffic import Traffic
 from testbed.scenario.errors import InputError
 from testbed.scenario.load import load_scenario, resolve
@@ -181,11 +182,12 @@ def execute(
     inject = None
     if chosen.host_inject is not None:
         inject = load_host(chosen.host_inject, tp=chosen.engine.parallel.tp)
-    runtime = wall.PacedRuntime(
-        cost_model=engine.cost_model,
+    clock = wall.WallClock()
+    runtime = wall.WallRuntime(
+        clock=clock,
+        device=PacedDevice(clock, engine.cost_model, engine.oracle),
         recorder=engine.recorder,
-        oracle=engine.oracle,
-        workload=engine.workload,
+        traffic=Traffic(engine.workload, engine.oracle),
         inject=inject,
     )
     if progress is not None:

@@ -1,8 +1,8 @@
 """The wall clock: the ports without SimPy. An ``await`` blocks the loop's own thread, so a coroutine of a loop is
 driven by one ``send(None)``: no event library, no second thread.
 
-``PacedRuntime`` is the wall clock with a modelled device: a step takes the time that the cost model says, for real. The
-loop, its host time and its races with the clock are real, and no GPU is needed.
+What computes is a ``Device``: the modelled one that takes its time for real (``paced.py``) or the engine's
+(``real.py``). The loop, its host time and its races with the clock are real in both.
 """
 
 from __future__ import annotations
@@ -10,70 +10,114 @@ from __future__ import annotations
 import time
 from collections.abc import Coroutine
 from heapq import heappop, heappush
-from typing import Any
+from typing import Any, Protocol
 
-from testbed.batch import Batch, StepResult
-from testbed.costs import CostModel, HostProfile
+from testbed.batch import Batch, StepCost, StepResult
+from testbed.costs import HostProfile
 from testbed.messages import ControlOutput, Message, RequestOutput
 from testbed.metrics.recorder import Recorder
 from testbed.ports import Stage
-from testbed.runtime.modelled import Deadlock, device_time, price_batch
-from testbed.runtime.oracle import Oracle
+from testbed.runtime.modelled import Deadlock
 from testbed.runtime.traffic import Traffic
-from testbed.workload.base import TimedRequest, Workload
+from testbed.workload.base import TimedRequest
 
 SPIN_NS = 300_000
 """The last part of a wait is spun: ``time.sleep`` wakes late by some 100 us."""
+NAP_NS = 50_000_000
+"""A long wait is slept in pieces, so that a request to stop is seen."""
 
 
 class LoopEnded(Exception):
     """Nothing more will come: the loop's coroutine ends here."""
 
 
-class PacedRuntime:
-    """The ports of one loop on the wall clock, over a modelled device. Times are ns since the runtime was made."""
+class WallClock:
+    """Time in ns since the clock was made."""
+
+    def __init__(self) -> None:
+        self.origin_ns = time.perf_counter_ns()
+        self.stopping = False
+        """Somebody wants the run to end (Ctrl-C): the next ``recv`` ends the loop."""
+
+    def now_ns(self) -> int:
+        """The time."""
+        return time.perf_counter_ns() - self.origin_ns
+
+    def wait_until(self, when_ns: int) -> None:
+        """Block; returns early when the run is to end."""
+        while not self.stopping:
+            ahead = when_ns - self.now_ns() - SPIN_NS
+            if ahead <= 0:
+                break
+            time.sleep(min(ahead, NAP_NS) * 1e-9)
+        while self.now_ns() < when_ns and not self.stopping:
+            pass
+
+
+class Work(Protocol):
+    """One batch on a device."""
+
+    cost: StepCost | None
+    """What the cost model says of it; None where nobody asks."""
+
+    def start(self) -> None:
+        """Give it to the device; returns without waiting. This is the host's work of a launch."""
+        ...
+
+    def launched(self, begin_ns: int, end_ns: int) -> None:
+        """The launch took the host from ``begin_ns`` to ``end_ns``."""
+        ...
+
+    def sample(self, masks: object) -> None:
+        """Second phase of a launch with deferred sampling."""
+        ...
+
+    def wait(self) -> StepResult:
+        """Block until the device has done it. Times of the result are the runtime's."""
+        ...
+
+
+class Device(Protocol):
+    """What computes, in the order of its launches."""
+
+    def work(self, batch: Batch, defer_sampling: bool) -> Work:
+        """A batch to be started. What is computed here (prices, the oracle's tokens) is in nobody's span: an engine on
+        its own would not do it."""
+        ...
+
+
+class WallRuntime:
+    """The ports of one loop on the wall clock, over a device. Times are ns of ``clock``."""
 
     def __init__(
         self,
         *,
-        cost_model: CostModel,
+        clock: WallClock,
+        device: Device,
         recorder: Recorder,
-        oracle: Oracle,
-        workload: Workload,
+        traffic: Traffic,
         inject: HostProfile | None = None,
     ) -> None:
         """``inject``: spin each stage of the loop until this profile's time is spent, to study a slower host than
         ours."""
         self.inbox = self.cpu = self.executor = self.outbox = self
-        self.traffic = Traffic(workload, oracle)
-        self._cost_model = cost_model
+        self.clock = clock
+        self.now_ns = clock.now_ns
+        self.traffic = traffic
+        self._device = device
         self._recorder = recorder
-        self._oracle = oracle
         self._inject = inject
         self._due: list[tuple[int, int, Message | TimedRequest]] = []
         """Heap of (when, serial, what): requests not sent yet, timers."""
         self._serial = 0
         self._next_of_source = 0
         """Serial of the workload's next request: when it is sent, the one after it is put into the heap."""
-        self._device_free_ns = 0
         self._launches = 0
         self._processed = 0
         self.iteration = 0
-        self._origin_ns = time.perf_counter_ns()
-        self._mark_ns = 0
+        self._mark_ns = clock.now_ns()
         """Where the open span began."""
         self._take_next()
-
-    def now_ns(self) -> int:
-        """The time (ns)."""
-        return time.perf_counter_ns() - self._origin_ns
-
-    def _wait_until(self, when_ns: int) -> None:
-        ahead = when_ns - self.now_ns() - SPIN_NS
-        if ahead > 0:
-            time.sleep(ahead * 1e-9)
-        while self.now_ns() < when_ns:
-            pass
 
     # -- the workload -----------------------------------------------------------------------------------------------
 
@@ -103,7 +147,9 @@ class PacedRuntime:
     # -- Inbox ------------------------------------------------------------------------------------------------------
 
     async def recv(self, block: bool) -> tuple[int, list[Message]]:
-        """See ports.Inbox. Raises LoopEnded when nothing is open and nothing will come."""
+        """See ports.Inbox. Raises LoopEnded when nothing is open and nothing will come, or the run is to end."""
+        if self.clock.stopping:
+            raise LoopEnded
         now = self.now_ns()
         messages: list[Message] = []
         if self.traffic.tied_to_iterations:
@@ -116,7 +162,7 @@ class PacedRuntime:
                 if self.traffic.open:
                     raise Deadlock(f"{self.traffic.open} requests are open, and nothing will wake the loop")
                 raise LoopEnded
-            self._wait_until(self._due[0][0])
+            self.clock.wait_until(self._due[0][0])
             self._mark_ns = now = self.now_ns()
             messages = self._delivered(now)
         return now, messages
@@ -153,30 +199,31 @@ class PacedRuntime:
 
     async def sleep(self, duration_ns: int) -> None:
         """See ports.Cpu."""
-        self._wait_until(self.now_ns() + duration_ns)
+        self.clock.wait_until(self.now_ns() + duration_ns)
 
     # -- Executor -----------------------------------------------------------------------------------------------------
 
     def launch(self, batch: Batch, defer_sampling: bool = False) -> _Running:
-        """See ports.Executor: the device is a promise to be done at a known time."""
-        cost = price_batch(self._cost_model, batch)
-        token_ids, stopped = self._oracle.result(batch)
-        begin = self._mark_ns = self.now_ns()  # the model's own work is in nobody's span
+        """See ports.Executor."""
+        work = self._device.work(batch, defer_sampling)
+        begin = self._mark_ns = self.now_ns()
+        work.start()
         least = 0
-        if self._inject is not None:
-            least = self._inject.launch_ns(cost.kernels, cost.graph) + self._inject.price(Stage.LAUNCH, batch.rows)
+        if self._inject is not None and work.cost is not None:
+            least = self._inject.launch_ns(work.cost.kernels, work.cost.graph)
+            least += self._inject.price(Stage.LAUNCH, batch.rows)
         self._close_span(Stage.LAUNCH, least)
-        start, end = device_time(cost, begin, self._mark_ns, self._device_free_ns)
-        self._device_free_ns = end
+        work.launched(begin, self._mark_ns)
         self.charge(Stage.SAMPLE, batch.rows)
         self._launches += 1
-        return _Running(self, StepResult(token_ids, stopped, begin, start, end, cost.graph))
+        return _Running(self, work)
 
-    def device_done(self, result: StepResult) -> None:
+    def wait_for(self, work: Work) -> StepResult:
         """Wait until the device has ended a batch."""
-        self._wait_until(result.end_ns)
+        result = work.wait()
         self._mark_ns = max(self._mark_ns, result.end_ns)
         self.charge(Stage.WAIT, len(result.token_ids))
+        return result
 
     # -- Outbox -------------------------------------------------------------------------------------------------------
 
@@ -194,21 +241,21 @@ class PacedRuntime:
 
 
 class _Running:
-    """A batch on the paced device."""
+    """A launched batch."""
 
-    __slots__ = ("_result", "_runtime")
+    __slots__ = ("_runtime", "_work")
 
-    def __init__(self, runtime: PacedRuntime, result: StepResult) -> None:
+    def __init__(self, runtime: WallRuntime, work: Work) -> None:
         self._runtime = runtime
-        self._result = result
+        self._work = work
 
     def sample(self, masks: object) -> None:
-        """See ports.Pending: the oracle does not sample."""
+        """See ports.Pending."""
+        self._work.sample(masks)
 
     async def result(self) -> StepResult:
         """See ports.Pending."""
-        self._runtime.device_done(self._result)
-        return self._result
+        return self._runtime.wait_for(self._work)
 
 
 def run_to_the_end(loop: Coroutine[Any, Any, None]) -> None:

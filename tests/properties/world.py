@@ -26,6 +26,7 @@ from testbed.request import NEVER, Request
 from testbed.runtime import virtual, wall
 from testbed.runtime.leap import Leaper
 from testbed.runtime.oracle import Oracle
+from testbed.runtime.paced import PacedDevice
 from testbed.runtime.traffic import Traffic
 from testbed.scenario.schema import ConstantDevice, EngineConfig
 from testbed.scheduler.batching import BatchingStrategy
@@ -134,8 +135,12 @@ class WatchedVirtual(Watched, virtual.VirtualRuntime):
     pass
 
 
-class WatchedPaced(Watched, wall.PacedRuntime):
+class WatchedWall(Watched, wall.WallRuntime):
     pass
+
+
+DeviceOf = Callable[[wall.WallClock, Oracle, Scheduler], wall.Device]
+"""Makes the device of a run on the wall clock."""
 
 
 class Moment(NamedTuple):
@@ -224,6 +229,7 @@ def run(
     key_of: Callable[[str], int] | None = None,
     before: Callable[[Scheduler, Any], None] | None = None,
     leap: bool = False,
+    device_of: DeviceOf | None = None,
 ) -> Outcome:
     """Run ``jobs`` to the end; ``prove``: and hold the outcome to everything that ``proven`` lists."""
     recorder = Recorder()
@@ -263,22 +269,21 @@ def run(
 
     scheduler.process_batch_result = processing  # type: ignore[method-assign]
     loop = loop or find_loop(config.loop)[1]
-    shared: dict[str, Any] = {
-        "cost_model": ConstantCostModel(device),
-        "recorder": recorder,
-        "oracle": oracle,
-        "workload": workload,
-    }
     runtime: Any
-    if paced:
-        runtime = WatchedPaced(**shared, inject=inject)
+    if paced or device_of:
+        clock = wall.WallClock()
+        real = device_of(clock, oracle, scheduler) if device_of else PacedDevice(clock, ConstantCostModel(device), oracle)
+        traffic = Traffic(workload, oracle)
+        runtime = WatchedWall(clock=clock, device=real, recorder=recorder, traffic=traffic, inject=inject)
         runtime.prepare(scheduler, script or {}, watch)
         if before:
             before(scheduler, runtime)
         wall.run_to_the_end(loop(LoopContext(scheduler, runtime)))
     else:
         profile = constant_host(host) if isinstance(host, int) else load_host(host) if isinstance(host, str) else host
-        runtime = WatchedVirtual(**shared, host=profile)
+        runtime = WatchedVirtual(
+            cost_model=ConstantCostModel(device), recorder=recorder, oracle=oracle, workload=workload, host=profile
+        )
         if leap:
             runtime.leap = Leaper(scheduler, runtime).try_leap
         runtime.prepare(scheduler, script or {}, watch)

@@ -10,7 +10,7 @@ import pytest
 from testbed.costs import constant_host
 from testbed.messages import SlowDown, Timer
 from testbed.ports import Stage
-from testbed.runtime.wall import PacedRuntime
+from testbed.runtime.wall import WallRuntime
 from testbed.scenario.schema import ConstantDevice
 from tests.properties.draws import LOOPS, STRATEGIES
 from tests.properties.world import Job, burst, engine, run
@@ -63,7 +63,7 @@ def test_users_who_answer() -> None:
 def test_timers_wake_the_loop() -> None:
     woken: list[int] = []
 
-    def post(scheduler: object, runtime: PacedRuntime) -> None:
+    def post(scheduler: object, runtime: WallRuntime) -> None:
         handle = scheduler.handle_message  # type: ignore[attr-defined]
 
         def handling(now_ns: int, message: object) -> object:
@@ -77,7 +77,7 @@ def test_timers_wake_the_loop() -> None:
     for paced in (True, False):
         woken.clear()
 
-        def at_ten_ms(scheduler: object, runtime: PacedRuntime, paced: bool = paced) -> None:
+        def at_ten_ms(scheduler: object, runtime: WallRuntime, paced: bool = paced) -> None:
             if paced:
                 post(scheduler, runtime)
             else:
