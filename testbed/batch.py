@@ -35,6 +35,17 @@ class BatchShape(NamedTuple):
     context_max: int = 0
 
 
+def captured_sizes(max_rows: int) -> list[int]:
+    """Rows for which a CUDA graph exists, as SGLang captures them: 1, 2, 4, then every eighth up to ``max_rows``."""
+    sizes = {1, 2, 4, *range(8, max_rows + 1, 8), max_rows}
+    return sorted(size for size in sizes if size <= max_rows)
+
+
+def largest_captured(memory_bytes: float) -> int:
+    """Rows of the largest graph where nobody says: SGLang captures up to 256 above 90 GB of memory, else 160."""
+    return 256 if memory_bytes > 90e9 else 160
+
+
 class StepCost(NamedTuple):
     """The price of a step: device time, kernels to launch, and whether one CUDA graph holds them all."""
 

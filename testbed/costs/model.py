@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from testbed.batch import BatchShape, StepCost
+from testbed.batch import BatchShape, StepCost, captured_sizes, largest_captured
 from testbed.costs.devices import DeviceProfile
 from testbed.costs.operators import Operators
 from testbed.costs.tables import Curve
@@ -23,9 +23,6 @@ from testbed.scenario.schema import ConstantDevice, EngineConfig
 
 Counts = NDArray[np.int64] | int
 """A column of step counts, or one step's."""
-
-_LARGE_MEMORY_BYTES = 90e9
-"""Above it SGLang captures CUDA graphs up to 256 rows, below up to 160."""
 
 
 class CostModel(Protocol):
@@ -54,12 +51,6 @@ class CostModel(Protocol):
         ...
 
 
-def captured_sizes(max_rows: int) -> list[int]:
-    """Rows for which a CUDA graph exists, as SGLang captures them: 1, 2, 4, then every eighth up to ``max_rows``."""
-    sizes = {1, 2, 4, *range(8, max_rows + 1, 8), max_rows}
-    return sorted(size for size in sizes if size <= max_rows)
-
-
 class OperatorCostModel:
     """Prices a step operator by operator, for one rank of one pipeline stage.
 
@@ -72,7 +63,7 @@ class OperatorCostModel:
     def __init__(self, model: ModelSpec, device: DeviceProfile, engine: EngineConfig, stage: int = 0) -> None:
         self.operators = Operators(model, device, engine, stage)
         self._skew = device.decode_skew
-        largest = engine.cuda_graph_max_bs or (256 if device.memory_bytes > _LARGE_MEMORY_BYTES else 160)
+        largest = engine.cuda_graph_max_bs or largest_captured(device.memory_bytes)
         self._captured = captured_sizes(largest) if engine.cuda_graph else []
         self._kernels = self.operators.kernels
         self._linear: dict[tuple[int, bool], float] = {}

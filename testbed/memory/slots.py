@@ -33,6 +33,11 @@ def _untouched(length: int) -> NDArray[np.int32]:
     return np.frombuffer(buffer, dtype=np.int32)
 
 
+def slots_needed(max_running_requests: int, kv_tokens: int, page_size: int) -> int:
+    """Slots of an engine: the chunked request has one beside the running ones; nobody runs without a page."""
+    return min(max_running_requests, kv_tokens // page_size) + 2
+
+
 class RequestSlots:
     """``count`` slots. ``pages[slot, i]`` is the page of tokens ``i * page_size ..`` of the request in ``slot``;
     ``outputs[slot, j]`` its j-th output token since it last entered the running batch.

@@ -14,6 +14,7 @@ import numpy as np
 
 from testbed.batch import Batch, BatchShape, ForwardMode, Prefill, StepResult
 from testbed.memory import KvMemory
+from testbed.memory.slots import slots_needed
 from testbed.messages import ControlOutput, GenerateRequest, Message, RequestOutput
 from testbed.metrics.recorder import Recorder
 from testbed.request import NEVER, NO_TOKENS, FinishReason, Request
@@ -658,8 +659,7 @@ def _build_memory(config: EngineConfig, kv_tokens: int, context_length: int) -> 
     return KvMemory(
         kv_tokens,
         page_size=config.page_size,
-        # The chunked request has a slot beside the running ones; nobody runs without a page.
-        slots=min(config.max_running_requests, kv_tokens // config.page_size) + 2,
+        slots=slots_needed(config.max_running_requests, kv_tokens, config.page_size),
         context_tokens=min(context_length, kv_tokens) + 1,
         prefix_cache=config.prefix_cache,
         eviction=config.eviction,

@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from testbed.batch import BatchShape, StepCost
+from testbed.batch import BatchShape, StepCost, captured_sizes
 from testbed.costs import ConstantCostModel, OperatorCostModel, device_presets, load_device
-from testbed.costs.model import captured_sizes
 from testbed.scenario.errors import InputError
 from testbed.scenario.models import load_model
 from testbed.scenario.schema import ConstantDevice, EngineConfig
