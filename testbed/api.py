@@ -30,6 +30,9 @@ from testbed.costs import (
     load_device,
     load_host,
 )
+from testbed.engine.builder import InputBuilder
+from testbed.engine.device import open_device
+from testbed.engine.options import DeviceInfo, EngineOptions
 from testbed.loops.base import LoopContext
 from testbed.loops.select import LOOPS, EventLoop, find_loop
 from testbed.memory import OutOfPages
@@ -40,6 +43,7 @@ from testbed.runtime.leap import Leaper
 from testbed.runtime.modelled import OutOfMemory
 from testbed.runtime.oracle import Oracle
 from testbed.runtime.paced import PacedDevice
+from testbed.runtime.real import RealDevice
 from testbed.runtime.traffic import Traffic
 from testbed.scenario.errors import InputError
 from testbed.scenario.load import load_scenario, resolve
@@ -75,14 +79,15 @@ class Engine:
     oracle: Oracle
 
 
-def build_engine(scenario: Scenario, *, checks: Checks = "delta") -> Engine:
-    """Build what ``scenario`` names. Raises InputError for anything that cannot run."""
+def build_engine(scenario: Scenario, *, checks: Checks = "delta", real: DeviceInfo | None = None) -> Engine:
+    """Build what ``scenario`` names. ``real``: the device that will run it; its memory counts, not that of the modelled
+    one. Raises InputError for anything that cannot run."""
     base_dir = Path.cwd()
     config = scenario.engine
     model = load_model(scenario.model)
     device = load_device(scenario.device) if isinstance(scenario.device, str) else None
-    kv_tokens = _kv_tokens(scenario, model, device)
-    context_length = config.context_length or model.max_positions
+    kv_tokens = real.kv_tokens if real else _kv_tokens(scenario, model, device)
+    context_length = real.context_length if real else config.context_length or model.max_positions
     recorder = Recorder()
     if is_plugin(config.loop):
         loop_name = config.loop
@@ -166,35 +171,84 @@ def execute(
     progress: Progress | None = None,
     checks: Checks = "delta",
 ) -> Run:
-    """Run a scenario on the wall clock, in this thread. ``paced``: the device is the cost model, taking its time for
-    real; the host is this machine, or what ``host_inject`` names where that is slower.
+    """Run a scenario on the wall clock, in this thread: on this machine's device (CUDA, else the CPU). ``paced``: the
+    device is the cost model, taking its time for real. The host is this machine, or what ``host_inject`` names where
+    that is slower.
 
-    Raises InputError without ``paced``: this version has no torch engine.
+    Ctrl-C ends the run; what is returned then holds the records so far. Raises InputError for what cannot run,
+    DeviceLost when the device stops answering.
     """
-    if not paced:
-        raise InputError(
-            "this version runs on the wall clock only over a modelled device",
-            where="run",
-            remedy="execute(..., paced=True), or simulate(...)",
-        )
     chosen = _one(scenario, seed)
-    engine = build_engine(chosen, checks=checks)
-    inject = None
-    if chosen.host_inject is not None:
-        inject = load_host(chosen.host_inject, tp=chosen.engine.parallel.tp)
+    if paced:
+        engine = build_engine(chosen, checks=checks)
+        return _execute(engine, lambda clock: PacedDevice(clock, engine.cost_model, engine.oracle), "paced", progress)
+    with open_device(engine_options(chosen)) as device:
+        engine = build_engine(chosen, checks=checks, real=device.info)
+        builder = InputBuilder(
+            engine.scheduler.memory.slots, chosen.engine.page_size, device.info.table_width, chosen.seed
+        )
+        forced, priced = chosen.tokens == "oracle", engine.cost_model if chosen.host_inject else None
+
+        def real(clock: wall.WallClock) -> RealDevice:
+            return RealDevice(clock, device, builder, engine.oracle, forced=forced, cost_model=priced)
+
+        return _execute(engine, real, "real", progress, device.info)
+
+
+def _execute(
+    engine: Engine,
+    device_of: Callable[[wall.WallClock], wall.Device],
+    label: str,
+    progress: Progress | None,
+    info: DeviceInfo | None = None,
+) -> Run:
+    """Drive the loop over a device until the workload has ended, or somebody interrupts it."""
+    scenario, inject = engine.scenario, None
+    if scenario.host_inject is not None:
+        inject = load_host(scenario.host_inject, tp=scenario.engine.parallel.tp)
     clock = wall.WallClock()
     runtime = wall.WallRuntime(
         clock=clock,
-        device=PacedDevice(clock, engine.cost_model, engine.oracle),
+        device=device_of(clock),
         recorder=engine.recorder,
         traffic=Traffic(engine.workload, engine.oracle),
         inject=inject,
     )
     if progress is not None:
         _report_progress(engine, runtime.traffic, progress)
-    with own_faults(), _memory_rules(engine):
+    with own_faults(), _memory_rules(engine), wall.stops_on_interrupt(clock):
         wall.run_to_the_end(engine.loop(LoopContext(engine.scheduler, runtime)))
-    return _run(engine, runtime.traffic, "paced")
+    return _run(engine, runtime.traffic, label, info, interrupted=clock.stopping)
+
+
+def engine_options(scenario: Scenario) -> EngineOptions:
+    """What a device is started with to run ``scenario``. Raises InputError for what the engine does not do."""
+    config = scenario.engine
+    parallel = config.parallel
+    if max(parallel.tp, parallel.pp, parallel.dp, parallel.ep) > 1:
+        remedy = "use parallel: {tp: 1, pp: 1, dp: 1, ep: 1}; testbed simulate prices more"
+        raise InputError("the engine runs on one device", where="engine.parallel", remedy=remedy)
+    if config.quantization != "none" or config.kv_dtype not in ("auto", config.dtype):
+        where = "engine.quantization" if config.quantization != "none" else "engine.kv_dtype"
+        raise InputError(
+            "the engine computes in one dtype, without quantisation",
+            where=where,
+            remedy="use quantization: none and kv_dtype: auto; testbed simulate prices the others",
+        )
+    return EngineOptions(
+        model=scenario.model,
+        dtype=config.dtype,
+        page_size=config.page_size,
+        max_running_requests=config.max_running_requests,
+        seed=scenario.seed,
+        kv_tokens=config.kv_tokens,
+        context_length=config.context_length,
+        mem_fraction=config.mem_fraction_static,
+        chunk_tokens=config.max_prefill_tokens if config.chunked_prefill_size == -1 else config.chunked_prefill_size,
+        attention=config.attention,
+        cuda_graph=config.cuda_graph,
+        cuda_graph_max_bs=config.cuda_graph_max_bs,
+    )
 
 
 def _one(scenario: Scenario | str | os.PathLike[str] | Mapping[str, Any], seed: int | None) -> Scenario:
@@ -283,19 +337,26 @@ def _report_progress(engine: Engine, traffic: Traffic, progress: Progress) -> No
     scheduler.on_step = step
 
 
-def _run(engine: Engine, traffic: Traffic, label: str) -> Run:
-    """Collect what the run leaves behind; every request that was sent has ended, each once."""
+def _run(
+    engine: Engine, traffic: Traffic, label: str, info: DeviceInfo | None = None, *, interrupted: bool = False
+) -> Run:
+    """Collect what the run leaves behind; every request that was sent has ended, each once, unless the run was
+    interrupted. ``info``: the real device."""
     scheduler, recorder = engine.scheduler, engine.recorder
-    scheduler.on_idle()
-    if traffic.open or len(traffic.sent) != traffic.ended:
-        raise InvariantError("ended_once", f"{len(traffic.sent)} requests were sent, {traffic.ended} ended")
+    if not interrupted:
+        scheduler.on_idle()
+        if traffic.open or len(traffic.sent) != traffic.ended:
+            raise InvariantError("ended_once", f"{len(traffic.sent)} requests were sent, {traffic.ended} ended")
     for name, count in scheduler.invariants.evaluations.items():
         recorder.count(f"check_{name}", count)
     recorder.count("steps", scheduler.steps)
     recorder.count("evicted_tokens", scheduler.cache.evicted_tokens_total)
     records = recorder.records(traffic.sent, scheduler.decision_log.bytes())
     _price_work(engine, records.steps)
-    return Run(resolve(engine.scenario), records, _meta(engine, label))
+    meta = _meta(engine, label, info)
+    if interrupted:
+        meta["notes"].insert(0, f"interrupted: {traffic.open} of {len(traffic.sent)} requests sent had not ended")
+    return Run(resolve(engine.scenario), records, meta)
 
 
 def _price_work(engine: Engine, steps: dict[str, Any]) -> None:
@@ -304,21 +365,21 @@ def _price_work(engine: Engine, steps: dict[str, Any]) -> None:
     steps["flops"], steps["bytes"] = engine.cost_model.flops_and_bytes(*(steps[name] for name in names))
 
 
-def _meta(engine: Engine, label: str) -> dict[str, Any]:
+def _meta(engine: Engine, label: str, info: DeviceInfo | None) -> dict[str, Any]:
     scenario = engine.scenario
-    unmeasured = [f"unmeasured: {what}" for what in engine.cost_model.unmeasured()]
+    unmeasured = [f"unmeasured: {what}" for what in engine.cost_model.unmeasured()] if info is None else []
     guesses = [f"guess: {what}" for what in engine.host.guesses()] if label == "simulated" else []
     meta: dict[str, Any] = {
         "label": label,
         "loop": engine.loop_name,
         "model": engine.model.name,
-        "device": engine.device.name if engine.device is not None else "constant",
+        "device": info.name if info else engine.device.name if engine.device is not None else "constant",
         "host": engine.host.name if label == "simulated" else scenario.host_inject or "this machine",
         "kv_tokens": engine.kv_tokens,
-        "notes": [*engine.workload.notes(), *unmeasured, *guesses],
+        "notes": [*engine.workload.notes(), *(info.notes if info else ()), *unmeasured, *guesses],
         "provenance": _provenance(scenario.seed),
     }
-    if engine.device is not None:
+    if engine.device is not None and info is None:
         # FLOPs and bytes are recorded for one device.
         meta["peak_flops"] = engine.device.peak(_compute_dtype(scenario)) * 1e9
         meta["peak_bytes_per_s"] = engine.device.bytes_per_ns * 1e9

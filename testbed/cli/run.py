@@ -10,7 +10,6 @@ from testbed.cli import options
 from testbed.cli.progress import Progress
 from testbed.cli.simulate import run_scenario
 from testbed.cli.thresholds import read_threshold
-from testbed.scenario.errors import InputError
 
 if TYPE_CHECKING:
     from testbed.scenario.schema import Scenario
@@ -32,12 +31,6 @@ def run(
     """Run a scenario in real time; print the result, write a run folder."""
     thresholds = [read_threshold(text) for text in fail_if or ()]
     window = options.read_window(trace_window)
-    if not paced:
-        raise InputError(
-            "this version runs on the wall clock only over a modelled device",
-            where="testbed run",
-            remedy="add --paced, or use testbed simulate",
-        )
     loaded = options.read_scenario(scenario, settings, seed, percentiles)
 
     def execute(one: Scenario, tick: Progress | None) -> Any:

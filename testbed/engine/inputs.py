@@ -17,6 +17,10 @@ Ints = NDArray[np.int32]
 NONE = np.empty(0, np.int32)
 
 
+def _none() -> Ints:
+    return NONE
+
+
 @dataclass(slots=True)
 class SlotSampling:
     """From this step on, the request in ``slot`` is sampled like this. Sent with the prefill that ends its prompt,
@@ -27,9 +31,9 @@ class SlotSampling:
     seed: int
     """In [0, 2**64)."""
     prompt_tokens: int
-    prompt_ids: Ints = field(default_factory=lambda: NONE)
+    prompt_ids: Ints = field(default_factory=_none)
     """int32: only where a repetition penalty wants them."""
-    output_ids: Ints = field(default_factory=lambda: NONE)
+    output_ids: Ints = field(default_factory=_none)
     """int32: outputs so far (after a retraction), only where a penalty wants them."""
 
 
@@ -51,45 +55,59 @@ class SamplingNeeds:
 
 @dataclass(slots=True)
 class StepInputs:
-    """One launch. int32 arrays unless said otherwise."""
+    """One launch. Every array is int32; n prefilling rows with T new tokens in all, b decoding rows."""
 
     index: int
-    # -- prefilling rows
-    prefill_slots: Ints = field(default_factory=lambda: NONE)
-    """[n]"""
-    prefix_lens: Ints = field(default_factory=lambda: NONE)
-    """[n]: tokens of KV that exist."""
-    new_lens: Ints = field(default_factory=lambda: NONE)
-    """[n]: tokens to compute."""
-    token_ids: Ints = field(default_factory=lambda: NONE)
-    """[sum of new_lens]"""
-    ends: Ints = field(default_factory=lambda: NONE)
-    """[n]: 1 where this completes the prompt, so that the row's token counts; else 0."""
-    # -- page table: rows written anew
-    table_slots: Ints = field(default_factory=lambda: NONE)
+    # -- the page table (flat: slot * width + page number): written before anything is computed
+    places: Ints = field(default_factory=_none)
     """[m]"""
-    table_lens: Ints = field(default_factory=lambda: NONE)
-    """[m]: pages of each."""
-    table_pages: Ints = field(default_factory=lambda: NONE)
-    """[sum of table_lens]"""
+    pages: Ints = field(default_factory=_none)
+    """[m]: what to write there."""
+    # -- prefilling rows
+    token_ids: Ints = field(default_factory=_none)
+    """[T]"""
+    token_slots: Ints = field(default_factory=_none)
+    """[T]: slot of the token's row."""
+    token_positions: Ints = field(default_factory=_none)
+    """[T]: its position in the sequence."""
+    prefill_slots: Ints = field(default_factory=_none)
+    """[n]"""
+    prefix_lens: Ints = field(default_factory=_none)
+    """[n]: tokens of KV that exist before the first new one."""
+    starts: Ints = field(default_factory=_none)
+    """[n + 1]: row i has the new tokens ``starts[i] .. starts[i + 1] - 1``."""
+    row_slots: Ints = field(default_factory=_none)
+    """[n]: the slot, or the spare one where the row's token counts for nothing, because its prompt goes on."""
+    prompt_targets: Ints = field(default_factory=_none)
+    """[T], or empty: the prompt token whose log-probability is wanted at each new token; -1: none."""
     # -- decoding rows
-    decode_slots: Ints = field(default_factory=lambda: NONE)
+    decode_slots: Ints = field(default_factory=_none)
     """[b]"""
-    positions: Ints = field(default_factory=lambda: NONE)
+    positions: Ints = field(default_factory=_none)
     """[b]: position of the token whose KV is computed; the row attends to ``position + 1`` tokens."""
-    opening: Ints = field(default_factory=lambda: NONE)
-    """[o]: decoding rows whose token is the first of a page."""
-    opened: Ints = field(default_factory=lambda: NONE)
-    """[o]: that page."""
     # -- sampling
+    forced: Ints = field(default_factory=_none)
+    """[n + b], or empty: tokens that replace the computed ones (``tokens: oracle``)."""
     sampling: list[SlotSampling] = field(default_factory=list)
     needs: SamplingNeeds = field(default_factory=SamplingNeeds)
-    forced: Ints | None = None
-    """[n + b]: tokens that replace the computed ones (``tokens: oracle``)."""
-    prompt_logprobs: Ints = field(default_factory=lambda: NONE)
-    """[n], or empty for no row: position from which on the row wants the log-probabilities of its prompt; -1: none."""
     defer_sampling: bool = False
     """Compute the logits only; sampling follows with a call of its own."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of the step."""
+        return len(self.prefill_slots) + len(self.decode_slots)
+
+    def arrays(self) -> list[Ints]:
+        """The arrays in the order of ``ARRAYS``."""
+        return [getattr(self, name) for name in ARRAYS]
+
+
+ARRAYS = (
+    *("places", "pages", "token_ids", "token_slots", "token_positions", "prefill_slots", "prefix_lens", "starts"),
+    *("row_slots", "prompt_targets", "decode_slots", "positions", "forced"),
+)
+"""The int32 arrays of a step, in the order in which they are copied to a device as one piece."""
 
 
 @dataclass(slots=True)
@@ -110,5 +128,4 @@ class StepOutputs:
     top_logprobs: NDArray[np.float32] | None = None
     """float32 [n + b, k]"""
     prompt_logprobs: NDArray[np.float32] | None = None
-    """float32 [sum of new_lens]: element i is the log-probability of the prompt token that follows new token i of the
-    step; NaN where nobody asked or nothing follows."""
+    """float32 [T]: of ``StepInputs.prompt_targets``; NaN where there is none."""

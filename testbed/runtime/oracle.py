@@ -50,6 +50,12 @@ class Oracle:
             return token_ids, self._stops(batch)
         return token_ids, self._stops(batch) if batch.advance >= self._next_end else ()
 
+    def stops(self, batch: Batch) -> tuple[int, ...]:
+        """The rows that stop, where tokens come from elsewhere."""
+        if batch.decodes and batch.decodes is not self._rows:
+            self._look_up(batch)
+        return self._stops(batch)
+
     def next_end(self, rows: Sequence[Request]) -> int:
         """The next advance at which one of ``rows`` ends early; 0 when these are not the rows of the last step."""
         return self._next_end if rows is self._rows else 0

@@ -7,8 +7,11 @@ What computes is a ``Device``: the modelled one that takes its time for real (``
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from heapq import heappop, heappush
 from typing import Any, Protocol
 
@@ -256,6 +259,25 @@ class _Running:
     async def result(self) -> StepResult:
         """See ports.Pending."""
         return self._runtime.wait_for(self._work)
+
+
+@contextmanager
+def stops_on_interrupt(clock: WallClock) -> Iterator[None]:
+    """The first Ctrl-C ends the run at its next iteration, the second at once."""
+    if threading.current_thread() is not threading.main_thread():  # signals go to the main one
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def stop(number: int, frame: object) -> None:
+        clock.stopping = True
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def run_to_the_end(loop: Coroutine[Any, Any, None]) -> None:

@@ -80,6 +80,8 @@ class EngineConfig(Model):
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     quantization: Literal["none", "fp8"] = "none"
     kv_dtype: Literal["auto", "bfloat16", "float16", "float32", "fp8"] = "auto"
+    attention: Literal["auto", "torch", "triton"] = "auto"
+    """Attention backend of a real run; auto: triton on CUDA, else torch."""
     cuda_graph: bool = True
     cuda_graph_max_bs: PositiveInt | None = None
     """None: as SGLang (160, 256 above 90 GB of device memory)."""

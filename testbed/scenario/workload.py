@@ -355,6 +355,21 @@ class Sessions(Model):
     system_tokens: NonNegativeInt = 0
 
 
+class Sampling(Model):
+    """How the clients of a real run want their tokens drawn; each request has a seed of its own. A modelled device
+    does not draw."""
+
+    temperature: NonNegativeFloat = 0.0
+    """0: greedy, as benchmark clients ask for."""
+    top_k: PositiveInt | Literal[-1] = -1
+    """-1: all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=2)] = 1.0
+
+
 class WorkloadConfig(Model):
     """Requests over time: ``requests`` from a trace, or ``lengths`` with ``arrivals``.
 
@@ -376,6 +391,7 @@ class WorkloadConfig(Model):
     """What the scheduler is told: the true output length, one number for all, or a multiple of the true length."""
     ignore_eos: bool | None = None
     """None: true when ``max_new_tokens`` is ``output``."""
+    sampling: Sampling = Sampling()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import ceil
 
 from testbed.messages import GenerateRequest, Prompt, TokenPrompt
+from testbed.sampling import SamplingParams
 from testbed.scenario.errors import InputError
 from testbed.scenario.workload import WorkloadConfig
 from testbed.workload.base import TimedRequest
@@ -25,6 +26,7 @@ class Terms:
         told = config.max_new_tokens
         self._fixed = told if isinstance(told, int) else None
         self._ratio = told["ratio"] if isinstance(told, dict) else 1.0
+        self._sampling = SamplingParams(**config.sampling.model_dump())
         self._ignore_eos = told == "output" if config.ignore_eos is None else config.ignore_eos
 
     @property
@@ -54,5 +56,5 @@ class Terms:
     ) -> TimedRequest:
         """A request whose true length is ``output_tokens``. It ends there, or at what the scheduler was told."""
         told = self._fixed if self._fixed is not None else ceil(output_tokens * self._ratio)
-        message = GenerateRequest(rid, prompt, told, self._ignore_eos, priority)
+        message = GenerateRequest(rid, prompt, told, self._ignore_eos, priority, sampling=self._sampling)
         return TimedRequest(arrival_ns, message, min(output_tokens, told), session, tenant, iteration)

@@ -1,0 +1,142 @@
+"""From options to a model runner: weights, backend, memory, warm-up."""
+
+from __future__ import annotations
+
+import platform
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from testbed.engine.backends.base import Backend
+from testbed.engine.backends.torch_backend import TorchBackend
+from testbed.engine.device import DeviceLost
+from testbed.engine.inputs import StepInputs
+from testbed.engine.models.config import DecoderConfig, load_decoder_config
+from testbed.engine.models.weights import load_decoder
+from testbed.engine.options import DeviceInfo, EngineOptions
+from testbed.engine.queue import CpuQueue, CudaQueue, Queue
+from testbed.engine.runner import ModelRunner, RunningStep
+from testbed.scenario.errors import InputError
+
+CPU_KV_BYTES = 1 << 30
+"""KV on a CPU where nobody says how much."""
+WARM_LENGTHS = (1, 2, 15, 16, 17, 64, 100, 128, 1000, 1024)
+"""Prefill lengths to warm up with: kernels are compiled anew for sizes that are 1 or a multiple of 16."""
+
+
+class LocalDevice:
+    """A model runner of this process."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+        self.info = runner.info
+
+    def launch(self, inputs: StepInputs) -> RunningStep:
+        """See device.Device."""
+        try:
+            return self._runner.launch(inputs)
+        except torch.OutOfMemoryError as error:
+            raise _out_of_memory(error) from error
+        except torch.AcceleratorError as error:
+            raise DeviceLost(str(error).splitlines()[0]) from error
+
+    def close(self) -> None:
+        """See device.Device."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def build_runner(options: EngineOptions, device: torch.device) -> ModelRunner:
+    """Load, allocate, capture and warm up. Raises InputError for what cannot run."""
+    config = load_decoder_config(options.model)
+    context_length = _context_length(options, config)
+    attention = options.attention
+    if attention == "auto":
+        attention = "triton" if device.type == "cuda" else "torch"
+    try:
+        backend = _backend(attention, options, config, device)
+        dtype: torch.dtype = getattr(torch, options.dtype)
+        decoder = load_decoder(
+            options.model, dtype=dtype, device=device, backend=backend, seed=options.seed, std=options.weights_std
+        )
+        kv_tokens = options.kv_tokens or _kv_capacity(options, config, context_length, device)
+        info = DeviceInfo(
+            name=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+            kind=device.type,
+            backend=attention,
+            kv_tokens=kv_tokens // options.page_size * options.page_size,
+            context_length=context_length,
+            table_width=-(-(min(context_length, kv_tokens) + 1) // options.page_size) + 1,
+            vocab_size=config.spec.vocab,
+            eos_token_ids=config.eos_token_ids,
+            weights=decoder.source,
+            notes=(f"weights: {decoder.source}", f"attention backend: {attention}"),
+        )
+        queue: Queue = CudaQueue(device, 4 * options.chunk_tokens) if device.type == "cuda" else CpuQueue()
+        runner = ModelRunner(decoder, backend, queue, info, options, device)
+        if device.type == "cuda":
+            longest = min(options.chunk_tokens, context_length - 32)
+            runner.warm_up([*(length for length in WARM_LENGTHS if length < longest), longest])
+            torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError as error:
+        raise _out_of_memory(error) from error
+    return runner
+
+
+def _backend(name: str, options: EngineOptions, config: DecoderConfig, device: torch.device) -> Backend:
+    if name == "torch":
+        return TorchBackend()
+    try:
+        from testbed.engine.backends.triton_backend import TritonBackend
+    except ImportError as error:
+        message, remedy = "the triton backend needs triton, which is not installed", "pip install 'testbed[gpu]'"
+        raise InputError(message, where="engine.attention", remedy=f"{remedy}, or attention: torch") from error
+    spec = config.spec
+    return TritonBackend(options.max_running_requests, spec.heads, spec.kv_heads, spec.head_dim, device)
+
+
+def _context_length(options: EngineOptions, config: DecoderConfig) -> int:
+    wanted = options.context_length or min(config.spec.max_positions, config.context_limit)
+    if wanted > config.context_limit:
+        raise InputError(
+            f"{config.spec.name} attends to a window of {config.context_limit} tokens, less than contexts of {wanted}",
+            where="engine.context_length",
+            remedy=f"at most {config.context_limit}: within the window attention is full",
+        )
+    return wanted
+
+
+def _kv_capacity(options: EngineOptions, config: DecoderConfig, context_length: int, device: torch.device) -> int:
+    """Tokens of KV beside what is loaded: the share ``mem_fraction`` of a GPU's memory as SGLang counts it; on a CPU a
+    fixed amount. Never more than the running requests could use."""
+    token_bytes = config.spec.kv_bytes_per_token(options.dtype)
+    most = (options.max_running_requests + 1) * context_length
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        room = int(free - (1 - options.mem_fraction) * total)
+    else:
+        room = CPU_KV_BYTES
+    tokens = min(room // token_bytes, most)
+    if tokens < options.page_size:
+        left = f"{max(room, 0) / 1e9:.2f} GB are left beside the weights"
+        raise InputError(
+            f"no room for keys and values: {left}, a token takes {token_bytes} bytes",
+            where="engine.mem_fraction_static",
+            remedy="raise it, choose a smaller model, or a smaller dtype",
+        )
+    return int(tokens)
+
+
+def _out_of_memory(error: BaseException) -> InputError:
+    return InputError(
+        f"out of device memory: {str(error).splitlines()[0]}",
+        where="engine.mem_fraction_static",
+        remedy="lower it (or engine.kv_tokens, engine.chunked_prefill_size), or choose a smaller model",
+    )

@@ -1,0 +1,115 @@
+"""The engine in a process of its own: on a CPU, torch in the loop's process would compete with the loop for the
+interpreter, and what is measured would be the contention."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from testbed.engine import wire
+from testbed.engine.device import DeviceLost
+from testbed.engine.inputs import StepInputs, StepOutputs
+from testbed.engine.options import EngineOptions
+from testbed.scenario.errors import InputError
+
+GOODBYE_S = 5.0
+"""How long a worker may take to end."""
+
+
+class ProcessDevice:
+    """A worker process that computes on the CPU. Raises InputError if it cannot start."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        """Computes with all cores but one: that one is the loop's."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-m", "testbed.engine.worker", str(theirs.fileno())]
+            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+        self._connection = Connection(ours.detach())
+        cores = len(os.sched_getaffinity(0))
+        try:
+            self._send(wire.Start(options, max(1, cores - 1)))
+            answer = self._receive()
+            if isinstance(answer, wire.Refused):
+                raise InputError(answer.message, where=answer.where, remedy=answer.remedy)
+        except BaseException:
+            self.close()
+            raise
+        assert isinstance(answer, wire.Ready)
+        self.info = answer.info
+
+    def launch(self, inputs: StepInputs) -> _Launched:
+        """See device.Device."""
+        self._send(wire.Launch(inputs))
+        return _Launched(self, inputs.index)
+
+    def sample(self, bitmask: NDArray[np.int32] | None) -> None:
+        """Second phase of the last launch."""
+        self._send(wire.Sample(bitmask))
+
+    def result(self, index: int) -> StepOutputs:
+        """The outputs of launch ``index``, the oldest that was not asked for."""
+        answer = self._receive()
+        assert isinstance(answer, wire.Done) and answer.outputs.index == index, "results come in launch order"
+        return answer.outputs
+
+    def _send(self, message: wire.FromParent) -> None:
+        try:
+            wire.send(self._connection, message)
+        except OSError as error:
+            raise self._lost() from error
+
+    def _receive(self) -> wire.FromWorker:
+        try:
+            answer = wire.receive_from_worker(self._connection)
+        except (EOFError, OSError) as error:
+            raise self._lost() from error
+        if isinstance(answer, wire.Failed):
+            raise RuntimeError(f"the worker process failed: {answer.message}")
+        return answer
+
+    def _lost(self) -> DeviceLost:
+        try:
+            status = str(self._process.wait(GOODBYE_S))
+        except subprocess.TimeoutExpired:
+            status = "unknown: it still runs"
+        return DeviceLost(f"its process (a CPU worker) ended with status {status}")
+
+    def close(self) -> None:
+        """End the worker; a second call has no effect."""
+        self._connection.close()
+        try:
+            self._process.wait(GOODBYE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Launched:
+    __slots__ = ("_device", "_index")
+
+    def __init__(self, device: ProcessDevice, index: int) -> None:
+        self._device = device
+        self._index = index
+
+    def sample(self, bitmask: NDArray[np.int32] | None) -> None:
+        self._device.sample(bitmask)
+
+    def wait(self) -> StepOutputs:
+        return self._device.result(self._index)
