@@ -10,9 +10,10 @@ from unittest import mock
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
+from testbed.kernels.measure import INTERPRETED
 from torch import Tensor
 
-torch.set_num_threads(1)
+DEVICE = "cpu" if INTERPRETED else "cuda"
 
 few = settings(max_examples=20, deadline=None, derandomize=True)
 dtypes = st.sampled_from([torch.float32, torch.float16])
@@ -20,24 +21,24 @@ seeds = st.integers(0, 2**32)
 
 
 class Numbers:
-    """Normal random tensors, one after the other, from a seed."""
+    """Random tensors where the kernels run, normal ones unless said otherwise, one after the other from a seed."""
 
     def __init__(self, seed: int, dtype: torch.dtype = torch.float32) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.dtype = dtype
 
     def __call__(self, *shape: int, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(*shape, generator=self.generator)).to(self.dtype)
+        return (scale * torch.randn(*shape, generator=self.generator)).to(DEVICE, self.dtype)
 
     def rows(self, rows: int, width: int, gap: int) -> Tensor:
         """[rows, width], a view of wider rows."""
         return self(rows, width + gap)[:, :width]
 
     def permutation(self, length: int) -> Tensor:
-        return torch.randperm(length, generator=self.generator)
+        return torch.randperm(length, generator=self.generator).to(DEVICE)
 
     def integers(self, end: int, *shape: int) -> Tensor:
-        return torch.randint(end, shape, generator=self.generator)
+        return torch.randint(end, shape, generator=self.generator).to(DEVICE)
 
 
 @contextmanager

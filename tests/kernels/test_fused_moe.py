@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from tests.kernels.inputs import Numbers, assert_near, dtypes, few, poisoned, seeds
+from tests.kernels.inputs import DEVICE, Numbers, assert_near, dtypes, few, poisoned, seeds
 
 tokens, experts = st.integers(1, 20), st.integers(1, 9)
 
@@ -117,7 +117,7 @@ def test_reference_is_the_definition(tokens: int, experts: int, renormalize: boo
         odds = logits[token].double().exp()
         best = sorted(range(experts), key=lambda expert: -odds[expert].item())[:2]
         total = odds[best].sum() if renormalize else odds.sum()
-        exact = torch.zeros(6, dtype=torch.float64)
+        exact = torch.zeros(6, dtype=torch.float64, device=DEVICE)
         for expert in best:
             gate, up = (gate_up[expert].double() @ x[token].double()).chunk(2)
             exact += odds[expert] / total * (down[expert].double() @ (gate / (1 + (-gate).exp()) * up))
@@ -130,7 +130,7 @@ def test_reference_equals_hugging_face(renormalize: bool) -> None:
     config = Qwen3MoeConfig(
         hidden_size=24, moe_intermediate_size=20, num_experts=6, num_experts_per_tok=3, norm_topk_prob=renormalize
     )  # fmt: skip
-    block = Qwen3MoeSparseMoeBlock(config)
+    block = Qwen3MoeSparseMoeBlock(config).to(DEVICE)
     for parameter in block.parameters():
         parameter.data = numbers(*parameter.shape, scale=0.3)
     x = numbers(9, 24)

@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from testbed.kernels.gemv import MOST_TOKENS, PAYS, gemv_pays, linear_small, linear_small_reference
 
-from tests.kernels.inputs import Numbers, assert_near, dtypes, few, poisoned, seeds
+from tests.kernels.inputs import DEVICE, Numbers, assert_near, dtypes, few, poisoned, seeds
 
 
 @few
@@ -42,7 +42,7 @@ def test_reference_is_the_sum(tokens: int, outputs: int, inner: int, seed: int) 
     x, weight, bias = numbers(tokens, inner), numbers(outputs, inner), numbers(outputs)
     rows = zip(weight.tolist(), bias.tolist(), strict=True)
     exact = [[sum(a * b for a, b in zip(v, row, strict=True)) + c for v in x.tolist()] for row, c in rows]
-    assert_near(linear_small_reference(x, weight, bias), torch.tensor(exact).T, scale=inner)
+    assert_near(linear_small_reference(x, weight, bias), torch.tensor(exact, device=DEVICE).T, scale=inner)
 
 
 def test_more_tokens_are_refused() -> None:

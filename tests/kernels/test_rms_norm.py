@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from testbed.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from tests.kernels.inputs import Numbers, assert_near, dtypes, few, poisoned, seeds
+from tests.kernels.inputs import DEVICE, Numbers, assert_near, dtypes, few, poisoned, seeds
 
 tokens, widths, gaps = st.integers(1, 12), st.integers(1, 300), st.integers(0, 5)
 
@@ -47,7 +47,7 @@ def test_reference_is_the_formula(tokens: int, hidden: int, seed: int) -> None:
     exact = [[value / (sum(v * v for v in row) / hidden + eps) ** 0.5 for value in row] for row in x.tolist()]
     torch.testing.assert_close(
         rms_norm_reference(x, weight, eps).double(),
-        torch.tensor(exact).double() * weight.double(),
+        torch.tensor(exact, device=DEVICE, dtype=torch.float64) * weight.double(),
         rtol=1e-5,
         atol=1e-6,
     )
@@ -56,7 +56,7 @@ def test_reference_is_the_formula(tokens: int, hidden: int, seed: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_reference_rounds_as_hugging_face(dtype: torch.dtype) -> None:
     numbers = Numbers(1, dtype)
-    module = LlamaRMSNorm(96, eps=1e-5).to(dtype)
+    module = LlamaRMSNorm(96, eps=1e-5).to(DEVICE, dtype)
     module.weight.data = numbers(96)
     x, residual = numbers(7, 96), numbers(7, 96)
     with torch.no_grad():

@@ -13,7 +13,7 @@ from testbed.kernels.rope_store import rope_and_store, rope_and_store_reference
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from tests.kernels.inputs import Numbers, assert_near, dtypes, few, seeds
+from tests.kernels.inputs import DEVICE, Numbers, assert_near, dtypes, few, seeds
 
 POSITIONS = 50
 
@@ -54,7 +54,7 @@ def step(
     numbers = Numbers(seed, dtype)
     qkv = numbers(tokens, (heads + 2 * kv_heads) * d + gap)
     angles = numbers(POSITIONS, d // 2).float()
-    caches = (torch.full((3 * tokens, kv_heads, d), torch.nan, dtype=dtype) for _ in range(2))
+    caches = (torch.full((3 * tokens, kv_heads, d), torch.nan, dtype=dtype, device=DEVICE) for _ in range(2))
     norms = {"q_norm": numbers(d), "k_norm": numbers(d)} if norm else {}
     return Step(
         qkv, heads, kv_heads, d, numbers.integers(POSITIONS, tokens).int(), torch.cat((angles.cos(), angles.sin()), 1),
@@ -90,9 +90,9 @@ def test_caches_may_exceed_two_billion_elements() -> None:
     """The memory is only touched where the token goes, so the size costs nothing."""
     given = step(3, torch.float16, 1, 2, 2, 64)
     tokens = 2**31 // 128 + 2
-    pool = torch.empty((tokens, 2, 64), dtype=torch.float16)
+    pool = torch.empty((tokens, 2, 64), dtype=torch.float16, device=DEVICE)
     given.k_cache, given.v_cache = pool[:-1], pool[1:]
-    given.locations = torch.tensor([tokens - 2])
+    given.locations = torch.tensor([tokens - 2], device=DEVICE)
     rope_and_store(*given.arguments())
     _, k, v = given.split()
     assert torch.equal(pool[-2], k[0]) and torch.equal(pool[-1], v[0])

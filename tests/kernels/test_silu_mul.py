@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from testbed.kernels.silu_mul import silu_and_mul, silu_and_mul_reference
 
-from tests.kernels.inputs import Numbers, assert_near, dtypes, few, poisoned, seeds
+from tests.kernels.inputs import DEVICE, Numbers, assert_near, dtypes, few, poisoned, seeds
 
 
 @few
@@ -25,7 +25,7 @@ def test_gate_equals_its_reference(tokens: int, width: int, gap: int, dtype: tor
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy says so; a GPU does not
 def test_large_gates_neither_overflow_nor_vanish() -> None:
-    gate_up = torch.tensor([[-1e4, -100.0, -1.0, 0.0, 100.0, 1e4, *[2.0] * 6]])
+    gate_up = torch.tensor([[-1e4, -100.0, -1.0, 0.0, 100.0, 1e4, *[2.0] * 6]], device=DEVICE)
     assert_near(silu_and_mul(gate_up), silu_and_mul_reference(gate_up))
 
 
