@@ -142,15 +142,21 @@ def load_model(name_or_path: str | Path) -> ModelSpec:
     Raises InputError when there is no such preset or file, the file is not a JSON object, or a field is missing or
     not a size.
     """
+    path = find_config(name_or_path)
+    return model_from_config(read_json(path), name=model_name(path), where=str(path))
+
+
+def find_config(name_or_path: str | Path) -> Path:
+    """The file that a preset, a model folder or a path to a config stands for. Raises InputError when there is none."""
     name = str(name_or_path)
     preset = _PRESETS / f"{name}.json"
     if Path(name).name == name and preset.is_file():
-        return _read(preset, name)
+        return preset
     path = Path(name).expanduser()
     if path.is_dir():
         path = path / "config.json"
     if path.is_file():
-        return _read(path, path.parent.resolve().name if path.name == "config.json" else path.stem)
+        return path
     known = model_presets()
     close = get_close_matches(name.lower(), known, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
@@ -158,17 +164,24 @@ def load_model(name_or_path: str | Path) -> ModelSpec:
     raise InputError(message, where="model", remedy=f"{hint}presets: {', '.join(known)}; or a path to a config.json")
 
 
-def _read(path: Path, name: str) -> ModelSpec:
+def model_name(path: Path) -> str:
+    """What a config file is called after: its folder, or itself when it has a name of its own (a preset)."""
+    return path.parent.resolve().name if path.name == "config.json" else path.stem
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises InputError with the place of what is not JSON."""
+    remedy = f"give a {path.name} in Hugging Face form"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
-        raise InputError("not UTF-8 text", where=str(path), remedy="give a config.json") from error
+        raise InputError("not UTF-8 text", where=str(path), remedy=remedy) from error
     except json.JSONDecodeError as error:
         where = f"{path}:{error.lineno}:{error.colno}"
-        raise InputError(f"not JSON: {error.msg}", where=where, remedy="give a config.json") from error
+        raise InputError(f"not JSON: {error.msg}", where=where, remedy=remedy) from error
     if not isinstance(config, dict):
-        raise InputError("not a JSON object", where=str(path), remedy="give a config.json in Hugging Face form")
-    return model_from_config(config, name=name, where=str(path))
+        raise InputError("not a JSON object", where=str(path), remedy=remedy)
+    return config
 
 
 def model_from_config(config: Mapping[str, Any], *, name: str, where: str = "config.json") -> ModelSpec:
@@ -194,7 +207,9 @@ def model_from_config(config: Mapping[str, Any], *, name: str, where: str = "con
         experts, topk = size("num_local_experts"), size("num_experts_per_tok")
         moe_intermediate = size("intermediate_size")
     elif model_type == "qwen3_moe":
-        experts, topk = size("num_experts"), size("num_experts_per_tok")
+        # transformers 5 writes ``num_local_experts``
+        experts = size("num_local_experts" if "num_local_experts" in config else "num_experts")
+        topk = size("num_experts_per_tok")
         moe_intermediate = size("moe_intermediate_size")
         _only_moe_layers(config, where)
     if topk > experts:

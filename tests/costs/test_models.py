@@ -27,6 +27,7 @@ LLAMA = {
         ("llama-3.1-70b", 70.55, 327680),
         ("llama-2-7b", 6.74, 524288),
         ("llama-2-70b", 68.98, 327680),
+        ("qwen2.5-0.5b", 0.494, 12288),
         ("qwen3-0.6b", 0.596, 114688),
         ("qwen3-8b", 8.19, 147456),
         ("qwen3-14b", 14.77, 163840),
@@ -43,7 +44,7 @@ def test_presets_have_the_published_sizes(name: str, billions: float, kv_bytes: 
 
 
 def test_every_preset_is_tested_and_loads() -> None:
-    assert len(model_presets()) == 11
+    assert len(model_presets()) == 12
     assert [load_model(name).name for name in model_presets()] == model_presets()
 
 
