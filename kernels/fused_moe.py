@@ -79,7 +79,7 @@ def route_reference(router_logits: Tensor, top_k: int, renormalize: bool) -> tup
     return weights, chosen.to(torch.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def _sort_kernel(
     experts_ptr, sorted_ptr, block_expert_ptr, used_ptr, pairs,
     EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr,
@@ -142,11 +142,10 @@ def sort_by_expert_reference(chosen: Tensor, experts: int, block_m: int) -> tupl
         blocks = triton.cdiv(len(pairs), block_m)
         runs.append(F.pad(pairs, (0, blocks * block_m - len(pairs)), value=len(flat)))
         owners += [expert] * blocks
-    as_int32 = {"dtype": torch.int32, "device": chosen.device}
-    return torch.cat(runs).to(torch.int32), torch.tensor(owners, **as_int32), torch.tensor([len(owners)], **as_int32)
+    return torch.cat(runs).int(), chosen.new_tensor(owners), chosen.new_tensor([len(owners)])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "blocks"])
 def _grouped_gemm_kernel(
     x_ptr, weight_ptr, out_ptr, sorted_ptr, block_expert_ptr, used_ptr, pairs, blocks, outputs, x_stride,
     INNER: tl.constexpr, SHARED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,

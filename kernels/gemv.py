@@ -53,7 +53,7 @@ def _vector_kernel(
     tl.store(out_ptr + n, out, n < outputs)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _few_vectors_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr, tokens, outputs, x_stride,
     INNER: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,

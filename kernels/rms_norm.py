@@ -33,7 +33,7 @@ def normalize(x, weight, eps, width):
     return (x * scale[:, None]).to(weight.dtype) * weight[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, out_ptr, rows, hidden, x_stride, residual_stride, eps,
     ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
