@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -229,3 +230,9 @@ def test_one_trap_carries_virtual_time() -> None:
                 traps += [source for inner in ast.walk(node) if isinstance(inner, (ast.Yield, ast.YieldFrom))]
     assert set(traps) <= {"testbed/runtime/virtual.py"}
     assert len(traps) <= 1
+
+
+def test_the_packages_are_listed() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    folders = {file.parent.relative_to(ROOT) for file in (ROOT / "testbed").rglob("__init__.py")}
+    assert set(project["tool"]["setuptools"]["packages"]) == {".".join(f.parts) for f in folders} | {"testbed.kernels"}
