@@ -6,18 +6,15 @@ same device minutes before: shares of a datasheet's peak would flatter or blame 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from testbed.kernels.interpreter import INTERPRETED
 
 AheadOfTime = Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]
 """What ``ahead_of_time()`` of a kernel's module yields: (jit function, signature, constants, options), as the head of
 ``tests/kernels/test_ahead_of_time.py`` explains."""
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Kernels run on the CPU, in Triton's interpreter."""
 
 
 def benchmark(table: Callable[[], None], tiny: Callable[[], None]) -> None:

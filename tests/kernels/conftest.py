@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from testbed.kernels.measure import INTERPRETED
+from testbed.kernels.interpreter import INTERPRETED
 
 
 @pytest.fixture(scope="session")
