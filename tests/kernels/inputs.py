@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from testbed.kernels.measure import INTERPRETED
+from testbed.kernels.interpreter import INTERPRETED
 from torch import Tensor
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
