@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 
 import testbed
-from testbed.cli import compare, presets, report, run, simulate, trace, validate
+from testbed.cli import compare, model, presets, report, run, simulate, trace, validate
 from testbed.scenario.errors import InputError
 
 OK, MISSED, WRONG_INPUT, INTERNAL, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 130, 141
@@ -50,6 +50,7 @@ def _options(
 
 for _command in (simulate.simulate, run.run, validate.validate, compare.compare, report.report, presets.presets):
     app.command()(_command)
+app.add_typer(model.app, name="model")
 app.add_typer(trace.app, name="trace")
 
 

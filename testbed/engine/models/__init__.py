@@ -1,0 +1,1 @@
+"""Decoders of six families: their configuration, their weights, their forward pass."""
