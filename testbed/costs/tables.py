@@ -73,13 +73,10 @@ class GemmTable:
 
     def curve(self, n: int, k: int, roofline: Callable[[float, int, int], float]) -> Curve:
         """Time over m of the shape (n, k); ``roofline(m, n, k)`` is the least time of a product."""
-        row = self._rows.get((n, k))
-        if row is None and self.holds(n, k):
-            row = self._bilinear(n, k)
-        if row is None:
-            near = self._nearest(n, k)
-            known = self._rows[near]
-            row = [t * roofline(m, n, k) / roofline(m, *near) for m, t in zip(self.m, known, strict=False)]
+        near = (n, k) if self.holds(n, k) else self._nearest(n, k)
+        row = self._rows.get(near) or self._bilinear(*near)
+        if near != (n, k):
+            row = [t * roofline(m, n, k) / roofline(m, *near) for m, t in zip(self.m, row, strict=False)]
         return Curve(self.m[: len(row)], row).raised(lambda m: roofline(m, n, k))
 
     def _bilinear(self, n: int, k: int) -> list[float]:
@@ -90,6 +87,7 @@ class GemmTable:
         return [sum(weight * row[column] for weight, row in rows) for column in range(len(self.m))]
 
     def _nearest(self, n: int, k: int) -> tuple[int, int]:
+        """The nearest measured shape; the nearest point of a grid may lie between measured ones."""
         if self._is_grid:
             return min(max(n, self._n[0]), self._n[-1]), min(max(k, self._k[0]), self._k[-1])
         return min(self._rows, key=lambda shape: (abs(log(shape[0] / n)) + abs(log(shape[1] / k)), shape))

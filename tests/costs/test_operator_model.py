@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from testbed.batch import BatchShape, StepCost, captured_sizes
 from testbed.costs import ConstantCostModel, OperatorCostModel, device_presets, load_device
+from testbed.costs.tables import GemmTable
 from testbed.scenario.errors import InputError
 from testbed.scenario.models import load_model
 from testbed.scenario.schema import ConstantDevice, EngineConfig
@@ -241,3 +242,10 @@ def test_constant_costs() -> None:
     assert model.price(BatchShape((8, 4), (0, 9), 3, 50, 20)) == StepCost(122, 0, True)
     assert model.price(BatchShape()) == StepCost(0, 0, True)
     assert model.flops_and_bytes(*[np.zeros(3, np.int64)] * 5)[0].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_a_shape_beside_the_grid_keeps_the_distance_to_its_roofline() -> None:
+    """Inside the grid along one axis and outside along the other: the nearest point lies between measured shapes."""
+    data = {"m": [1, 2], "shapes": [[n, k] for n in (100, 200) for k in (10, 20)], "ns": [[50, 60]] * 4}
+    curve = GemmTable(data).curve(150, 5, lambda m, n, k: m * n * k / 1000)
+    assert curve.ys == [25, 30]
