@@ -295,7 +295,8 @@ def decode_attention_reference(
     first = 0
     while first < len(lengths):
         together = order[first : first + max(1, REFERENCE_BYTES // (lengths[first] * token_bytes))]
-        tokens = _locations(page_table[slots[together]], seq_lens[together], lengths[first], page_size)
+        pages = page_table[:, : -(-lengths[first] // page_size)][slots[together]]  # a row of the table is long
+        tokens = _locations(pages, seq_lens[together], lengths[first], page_size)
         out[together] = _padded_attention(q[together], k_cache, v_cache, tokens, seq_lens[together], scale).to(q.dtype)
         first += len(together)
     return out
