@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 from types import TracebackType
 from typing import Self
@@ -29,11 +30,12 @@ class LocalDevice:
     """A model runner of this process."""
 
     def __init__(self, runner: ModelRunner) -> None:
-        self._runner = runner
+        self._runner: ModelRunner | None = runner
         self.info = runner.info
 
     def launch(self, inputs: StepInputs) -> RunningStep:
         """See device.Device."""
+        assert self._runner is not None, "the device is closed"
         try:
             return self._runner.launch(inputs)
         except torch.OutOfMemoryError as error:
@@ -42,7 +44,12 @@ class LocalDevice:
             raise DeviceLost(str(error).splitlines()[0]) from error
 
     def close(self) -> None:
-        """See device.Device."""
+        """See device.Device. A runner and its graphs refer to one another, so only the collector frees them; the next
+        device in this process finds the memory that it measures."""
+        self._runner = None
+        gc.collect()
+        if self.info.kind == "cuda":
+            torch.cuda.empty_cache()
 
     def __enter__(self) -> Self:
         return self
@@ -82,7 +89,7 @@ def build_runner(options: EngineOptions, device: torch.device) -> ModelRunner:
         queue: Queue = CudaQueue(device, 4 * options.chunk_tokens) if device.type == "cuda" else CpuQueue()
         runner = ModelRunner(decoder, backend, queue, info, options, device)
         if device.type == "cuda":
-            longest = min(options.chunk_tokens, context_length - 32)
+            longest = max(1, min(options.chunk_tokens, context_length - 32, info.kv_tokens - 32))
             runner.warm_up([*(length for length in WARM_LENGTHS if length < longest), longest])
             torch.cuda.synchronize(device)
     except torch.OutOfMemoryError as error:

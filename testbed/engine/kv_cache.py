@@ -32,6 +32,7 @@ class TokenRelay:
     def __init__(self, slots: int, device: torch.device) -> None:
         """``slots``: with the spare one."""
         self._tokens = torch.full((slots * RELAY_DEPTH,), -1, dtype=torch.int32, device=device)
+        self._tokens[-RELAY_DEPTH:] = 0  # padding rows of a CUDA graph embed what they find at the spare slot
         self._checks = device.type == "cpu"
 
     def put(self, slots: Tensor, positions: Tensor, token_ids: Tensor) -> None:

@@ -14,12 +14,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from testbed.engine.device import DeviceLost
 from testbed.engine.inputs import Ints
 
 STAGING_BUFFERS = 4
 """Steps whose arrays may be under way at once; two are in flight at most."""
+ALIGNMENT = 4
+"""Each staged array begins at a multiple of so many elements (16 bytes): Triton compiles a kernel anew for pointers
+that are aligned otherwise, and that must not happen in the middle of a run."""
 REANCHOR_NS = 1_000_000_000
 """Event times are float32 milliseconds: behind an anchor of at most this age they are right to a microsecond."""
+WAKE_NS = 50_000
+"""The host knows of an event no later than this, if it was waiting for it."""
 
 
 class Ticket(Protocol):
@@ -39,6 +45,10 @@ class Queue(Protocol):
 
     def computing(self) -> AbstractContextManager[None]:
         """The context in which a step's operations are queued."""
+        ...
+
+    def send(self, array: Ints) -> Tensor:
+        """One more array of the step, such as comes after its launch, on the device."""
         ...
 
     def begin(self) -> None:
@@ -69,6 +79,10 @@ class CpuQueue:
         """See Queue."""
         with torch.inference_mode():
             yield
+
+    def send(self, array: Ints) -> Tensor:
+        """See Queue."""
+        return torch.from_numpy(array)
 
     def begin(self) -> None:
         """See Queue."""
@@ -120,6 +134,11 @@ class CudaQueue:
         with torch.inference_mode(), torch.cuda.stream(self._forward):
             yield
 
+    def send(self, array: Ints) -> Tensor:
+        """See Queue: from pinned memory, because a copy from other memory may wait for all that is queued before it.
+        The allocator of pinned memory does not hand it out again before the copy is done."""
+        return torch.from_numpy(array).pin_memory().to(self._device, non_blocking=True)
+
     def begin(self) -> None:
         """See Queue."""
         self._begin = torch.cuda.Event(enable_timing=True)
@@ -138,6 +157,15 @@ class CudaQueue:
         return _CudaTicket(self._timeline, self._begin, end)
 
 
+def aligned_places(lengths: Sequence[int]) -> tuple[list[int], int]:
+    """Where arrays of these lengths begin, each at a multiple of ``ALIGNMENT``, and the room that all take."""
+    begins, total = [], 0
+    for length in lengths:
+        begins.append(total)
+        total += length + -length % ALIGNMENT
+    return begins, total
+
+
 class _Staging:
     """Pinned memory, and the device memory that it is copied to."""
 
@@ -153,21 +181,20 @@ class _Staging:
         self._there = torch.empty(ints, dtype=torch.int32, device=self._device)
 
     def copy(self, arrays: Sequence[Ints]) -> list[Tensor]:
-        total = sum(map(len, arrays))
+        begins, total = aligned_places([len(array) for array in arrays])
         if total > len(self._here):
             self._reserve(2 * total)
-        views, begin = [], 0
-        for array in arrays:
-            end = begin + len(array)
-            self._here[begin:end] = array
-            views.append(self._there[begin:end])
-            begin = end
+        views = []
+        for begin, array in zip(begins, arrays, strict=True):
+            self._here[begin : begin + len(array)] = array
+            views.append(self._there[begin : begin + len(array)])
         self._there[:total].copy_(self._pinned[:total], non_blocking=True)
         return views
 
 
 class _Timeline:
-    """Device events as times of the host's clock."""
+    """Device events as times of the host's clock. The two clocks drift apart by some microseconds a second, so every
+    event that the host has just waited for sets them right."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._anchor = torch.cuda.Event(enable_timing=True)
@@ -175,12 +202,21 @@ class _Timeline:
         self._anchor.synchronize()
         self._anchor_ns = time.perf_counter_ns()
 
-    def time_ns(self, event: torch.cuda.Event) -> int:
-        """When a completed event happened. Old anchors are moved on from event to event."""
-        when_ns = self._anchor_ns + round(self._anchor.elapsed_time(event) * 1e6)
+    def time_ns(self, event: torch.cuda.Event, waited: bool) -> int:
+        """When a completed event happened; ``waited``: the host was blocked until now, because it had not. Old anchors
+        are moved on from event to event."""
+        seen_ns = self._anchor_ns + round(self._anchor.elapsed_time(event) * 1e6)
+        when_ns = within(seen_ns, time.perf_counter_ns(), waited)
+        self._anchor_ns += when_ns - seen_ns
         if when_ns - self._anchor_ns > REANCHOR_NS:
             self._anchor, self._anchor_ns = event, when_ns
         return when_ns
+
+
+def within(seen_ns: int, now_ns: int, waited: bool) -> int:
+    """The time of an event by the device's clock, made to agree with the host's: not in the future, and not long ago
+    for a host that was waiting for it."""
+    return min(max(seen_ns, now_ns - WAKE_NS) if waited else seen_ns, now_ns)
 
 
 class _CudaTicket:
@@ -190,6 +226,10 @@ class _CudaTicket:
         self._end = end
 
     def wait(self) -> tuple[int, int]:
-        self._end.synchronize()
-        begin_ns = self._timeline.time_ns(self._begin)
-        return begin_ns, begin_ns + round(self._begin.elapsed_time(self._end) * 1e6)
+        try:
+            waited = not self._end.query()
+            self._end.synchronize()
+        except torch.AcceleratorError as error:
+            raise DeviceLost(str(error).splitlines()[0]) from error
+        end_ns = self._timeline.time_ns(self._end, waited)
+        return end_ns - round(self._begin.elapsed_time(self._end) * 1e6), end_ns

@@ -24,7 +24,7 @@ from torch import Tensor
 from testbed.batch import largest_captured
 from testbed.engine.backends.base import AttentionPlan, Backend, DecodeRows, ExtendRows
 from testbed.engine.graphs import DecodeGraphs
-from testbed.engine.inputs import ARRAYS, StepInputs, StepOutputs
+from testbed.engine.inputs import ARRAYS, SamplingNeeds, StepInputs, StepOutputs
 from testbed.engine.kv_cache import KvCache, TokenRelay
 from testbed.engine.models.decoder import Decoder
 from testbed.engine.options import DeviceInfo, EngineOptions
@@ -34,6 +34,14 @@ from testbed.memory.slots import slots_needed
 
 PROMPT_LOGITS_ROWS = 512
 """Positions whose logits exist at once while log-probabilities of a prompt are computed."""
+
+WARM_NEEDS = (
+    SamplingNeeds(greedy=False),
+    SamplingNeeds(greedy=False, filters=True),
+    SamplingNeeds(greedy=False, filters=True, penalties=True, bias=True, min_new_tokens=True),
+    SamplingNeeds(logprobs=True, top_logprobs=1),
+)
+"""Ways of sampling whose kernels a run may need in its middle."""
 
 
 class ModelRunner:
@@ -64,7 +72,9 @@ class ModelRunner:
         )
         self._longest = min(info.context_length, info.kv_tokens)
         self._graphs: DecodeGraphs | None = None
-        if options.cuda_graph and device.type == "cuda":
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # weights and buffers were filled on the default stream
+        if options.cuda_graph and device.type == "cuda" and info.backend == "triton":
             memory_bytes = torch.cuda.get_device_properties(device).total_memory
             largest = min(options.cuda_graph_max_bs or largest_captured(memory_bytes), options.max_running_requests)
             with queue.computing():
@@ -152,7 +162,7 @@ class ModelRunner:
             if inputs.sampling:
                 self._sampler.update(inputs.sampling)
             slots, positions, host_slots = self._rows(inputs, staged)
-            mask = None if bitmask is None else torch.from_numpy(bitmask).to(slots.device, non_blocking=True)
+            mask = None if bitmask is None else self._queue.send(bitmask)
             assert step.logits is not None
             sampled = self._sampler.sample(step.logits, slots, positions, inputs.needs, host_slots, mask)
             token_ids = staged["forced"] if len(inputs.forced) else sampled.token_ids
@@ -175,23 +185,32 @@ class ModelRunner:
     # -- before the first request -----------------------------------------------------------------------------------
 
     def warm_up(self, lengths: Sequence[int]) -> None:
-        """Run a prefill of each of these lengths, with and without a prefix, and decode steps beside them, on the spare
-        slot: kernels are compiled now and not under a request."""
-        spare = np.array([self.spare_slot], dtype=np.int32)
+        """Run a prefill of each of these lengths, with and without a prefix, alone and beside a decoding row, and every
+        way of sampling, on the spare slot: kernels are compiled now and not under a request."""
         for tokens in lengths:
             for prefix in (0, 16):
-                arange = np.arange(tokens, dtype=np.int32)
-                inputs = StepInputs(
-                    -1,
-                    token_ids=np.zeros(tokens, np.int32),
-                    token_slots=np.repeat(spare, tokens),
-                    token_positions=(arange + prefix) % self._longest,
-                    prefill_slots=spare,
-                    prefix_lens=np.array([prefix], np.int32),
-                    starts=np.array([0, tokens], np.int32),
-                    row_slots=spare,
-                )
-                self.launch(inputs).wait()
+                self.launch(self._spare_prefill(tokens, prefix)).wait()
+                beside = self._spare_prefill(tokens, prefix)
+                beside.decode_slots, beside.positions = beside.prefill_slots, beside.prefix_lens + np.int32(tokens)
+                self.launch(beside).wait()
+        for needs in WARM_NEEDS:
+            inputs = self._spare_prefill(1, 0)
+            inputs.needs = needs
+            self.launch(inputs).wait()
+
+    def _spare_prefill(self, tokens: int, prefix: int) -> StepInputs:
+        """A prefill of the slot that nobody has."""
+        spare = np.array([self.spare_slot], dtype=np.int32)
+        return StepInputs(
+            -1,
+            token_ids=np.zeros(tokens, np.int32),
+            token_slots=np.repeat(spare, tokens),
+            token_positions=(np.arange(tokens, dtype=np.int32) + prefix) % self._longest,
+            prefill_slots=spare,
+            prefix_lens=np.array([prefix], np.int32),
+            starts=np.array([0, tokens], np.int32),
+            row_slots=spare,
+        )
 
 
 class RunningStep:
