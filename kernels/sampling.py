@@ -55,7 +55,7 @@ class SamplingColumns:
     """How the request in each slot is sampled, one tensor [slots] a parameter."""
 
     temperature: Tensor
-    """float32, finite; 0: greedy."""
+    """float32, at most 1e30 (which draws among all alike); 0: greedy."""
     top_k: Tensor
     """int32, at least 1; the size of the vocabulary: all."""
     top_p: Tensor
@@ -162,11 +162,12 @@ def _above(logits_ptr, threshold, peak, temperature, VOCAB: tl.constexpr, BLOCK:
 
 @triton.jit
 def _peak(logits_ptr, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest logit."""
+    """The largest logit; +inf where one is NaN."""
     peak = tl.full([BLOCK], -float("inf"), tl.float32)
     for first in range(0, VOCAB, BLOCK):
         token = first + tl.arange(0, BLOCK)
-        peak = tl.maximum(peak, tl.load(logits_ptr + token, token < VOCAB, -float("inf")).to(tl.float32))
+        x = tl.load(logits_ptr + token, token < VOCAB, -float("inf")).to(tl.float32)
+        peak = tl.maximum(peak, tl.where(x == x, x, float("inf")))
     return tl.max(peak, 0)
 
 
@@ -274,6 +275,7 @@ def _best_of_block_kernel(
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = block * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(logits_ptr + row * stride + token, token < vocab_size, -float("inf")).to(tl.float32)
+    x = tl.where(x == x, x, float("inf"))  # a NaN spoils the row as +inf does, and compares
     peak = tl.max(x, 0)
     score, noise = x, tl.zeros([BLOCK], tl.float32)
     if not GREEDY:
@@ -288,11 +290,10 @@ def _best_of_block_kernel(
     chosen = tl.argmax(score, 0, tie_break_left=True)
     is_chosen = tl.arange(0, BLOCK) == chosen
     logit = tl.max(tl.where(is_chosen & (score > -float("inf")), x, -float("inf")), 0)
-    broken = tl.max((x != x).to(tl.int32), 0) > 0
     blocks = tl.num_programs(1)
     part = row * blocks + block
     plane = tl.num_programs(0).to(tl.int64) * blocks
-    tl.store(parts_ptr + part, tl.where(broken, float("nan"), peak))
+    tl.store(parts_ptr + part, peak)
     tl.store(parts_ptr + plane + part, logit)
     tl.store(parts_ptr + 2 * plane + part, tl.sum(tl.where(is_chosen, noise, 0.0), 0))
     tl.store(tokens_ptr + part, block * BLOCK + chosen)
@@ -314,10 +315,8 @@ def _best_of_row_kernel(
     inside = block < blocks
     part = row * blocks + block
     plane = tl.num_programs(0).to(tl.int64) * blocks
-    peaks = tl.load(parts_ptr + part, inside, -float("inf"))
+    peak = tl.max(tl.load(parts_ptr + part, inside, -float("inf")), 0)
     logit = tl.load(parts_ptr + plane + part, inside, -float("inf"))
-    broken = tl.max((peaks != peaks).to(tl.int32), 0) > 0
-    peak = tl.max(peaks, 0)
     score = logit
     if not GREEDY:
         temperature = tl.load(temperature_ptr + tl.load(slots_ptr + row))
@@ -325,7 +324,7 @@ def _best_of_row_kernel(
             score = _score(logit, tl.load(parts_ptr + 2 * plane + part, inside, 0.0), peak, temperature)
     best = tl.argmax(score, 0, tie_break_left=True)
     token = tl.load(tokens_ptr + row * blocks + best)
-    exists = (peak > -float("inf")) & (peak < float("inf")) & (not broken)
+    exists = (peak > -float("inf")) & (peak < float("inf"))
     tl.store(out_ptr + row, tl.where(exists, token, -1))
 
 
