@@ -2,44 +2,45 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
+from testbed.api import execute
 from testbed.ports import Stage
-from tests.engine.machine import runs_on, tiny_device
-from tests.properties.world import VOCABULARY, burst, engine, run
+from tests.engine.machine import write_config
 
+PROMPT_TOKENS = 8
 WARM_STEPS = 20
 
 
 def host_stages(rows: int, steps: int, loop: str = "normal", page_size: int = 1) -> dict[Stage, float]:
     """Median host time (us) of each stage over ``steps`` decode steps of ``rows`` requests. The model is tiny and
     computes in a process of its own: what is seen is the loop's thread alone."""
-    prompt, outputs = 8, steps + WARM_STEPS
-    kv_tokens = rows * (prompt + outputs + page_size)
-    kv_tokens += -kv_tokens % page_size
-    config = engine(
-        loop=loop,
-        max_running_requests=rows,
-        page_size=page_size,
-        max_prefill_tokens=rows * prompt,
-        prefix_cache="chunk",
-    )
-    small = {"vocab_size": VOCABULARY, "hidden_size": 16, "max_position_embeddings": outputs + 64}
-    with tiny_device(
-        kv_tokens, page_size=page_size, max_running_requests=rows, in_process=False, config=small
-    ) as device:
-        outcome = run(
-            config,
-            burst(rows, prompt, outputs),
-            kv_tokens=kv_tokens,
-            context_length=outputs + 64,
-            checks="delta",
-            prove=False,
-            device_of=runs_on(device),
+    outputs = steps + WARM_STEPS
+    with TemporaryDirectory() as folder:
+        model = write_config(Path(folder), vocab_size=512, max_position_embeddings=outputs + 64)
+        run = execute(
+            {
+                "model": str(model),
+                "engine": {
+                    "loop": loop,
+                    "dtype": "float32",
+                    "page_size": page_size,
+                    "max_running_requests": rows,
+                    "kv_tokens": rows * (PROMPT_TOKENS + outputs + 2 * page_size),
+                    "max_prefill_tokens": rows * PROMPT_TOKENS,
+                },
+                "workload": {
+                    "arrivals": {"kind": "all_at_once"},
+                    "lengths": {"prompt_tokens": PROMPT_TOKENS, "output_tokens": outputs},
+                    "count": rows,
+                },
+            }
         )
-    return _medians(outcome.records.spans, outcome.records.steps, rows)
+    return _medians(run.records.spans, run.records.steps, rows)
 
 
 def _medians(spans: Any, steps: Any, rows: int) -> dict[Stage, float]:

@@ -37,6 +37,13 @@ TINY: dict[str, Any] = {
 """The smallest Llama with the vocabulary of the oracle's world."""
 
 
+def write_config(folder: Path, **fields: Any) -> Path:
+    """A ``config.json`` of the smallest model, with these fields; weights will be random."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**TINY, **fields}), encoding="utf-8")
+    return path
+
+
 @contextmanager
 def tiny_device(
     kv_tokens: int,
@@ -49,8 +56,7 @@ def tiny_device(
 ) -> Iterator[Device]:
     """A device that runs random weights of the config."""
     with TemporaryDirectory() as folder:
-        path = Path(folder) / "config.json"
-        path.write_text(json.dumps({**TINY, **(config or {})}), encoding="utf-8")
+        path = write_config(Path(folder), **(config or {}))
         chosen = EngineOptions(
             model=str(path),
             dtype="float32",
