@@ -36,6 +36,7 @@ def test_added_norm_equals_its_reference(tokens: int, hidden: int, gap: int, dty
     with poisoned():
         out = add_rms_norm(x, wide[:, :hidden], weight, 1e-5)
     assert torch.equal(wide, expected_wide)  # the sum is rounded once, and nothing beside it is touched
+    assert torch.equal(out, rms_norm(wide[:, :hidden], weight, 1e-5))  # the norm is that of the rounded sum
     assert_near(out, expected)
 
 
