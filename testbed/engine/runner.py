@@ -29,7 +29,7 @@ from testbed.engine.kv_cache import KvCache, TokenRelay
 from testbed.engine.models.decoder import Decoder
 from testbed.engine.options import DeviceInfo, EngineOptions
 from testbed.engine.queue import Queue, Ticket
-from testbed.engine.sampler import Sampled, Sampler
+from testbed.engine.sampler import Sampled, Sampler, with_logprobs
 from testbed.memory.slots import slots_needed
 
 PROMPT_LOGITS_ROWS = 512
@@ -165,13 +165,20 @@ class ModelRunner:
             mask = None if bitmask is None else self._queue.send(bitmask)
             assert step.logits is not None
             sampled = self._sampler.sample(step.logits, slots, positions, inputs.needs, host_slots, mask)
-            token_ids = staged["forced"] if len(inputs.forced) else sampled.token_ids
+            if len(inputs.forced):
+                sampled = self._forced(step.logits, staged["forced"], inputs.needs)
+            token_ids = sampled.token_ids
             self._relay.put(slots, positions, token_ids)
             if inputs.needs.penalties:
                 self._sampler.count(slots, token_ids)
             step.fetched = self._queue.fetch([token_ids, *_wanted(sampled), *_present(step.prompt_logprobs)])
             step.has_logprobs = sampled.logprobs is not None
         step.ticket = self._queue.end()
+
+    @staticmethod
+    def _forced(logits: Tensor, token_ids: Tensor, needs: SamplingNeeds) -> Sampled:
+        """The oracle's tokens, as if they had been drawn."""
+        return with_logprobs(logits, token_ids, needs.top_logprobs) if needs.logprobs else Sampled(token_ids)
 
     def _rows(self, inputs: StepInputs, staged: dict[str, Tensor]) -> tuple[Tensor, Tensor, NDArray[np.int32]]:
         """Slot and position of the token that each row draws; the slots for the host too."""
@@ -246,8 +253,14 @@ class RunningStep:
 
 
 def _wanted(sampled: Sampled) -> list[Tensor]:
-    found = (sampled.logprobs, sampled.top_ids, sampled.top_logprobs)
-    return [tensor for tensor in found if tensor is not None]
+    """Nothing, or three: log-probabilities of the tokens [rows], the most likely tokens and theirs [rows, k], k from 0
+    on."""
+    if sampled.logprobs is None:
+        return []
+    if sampled.top_ids is None or sampled.top_logprobs is None:
+        nobody = sampled.logprobs.new_empty((len(sampled.logprobs), 0))
+        return [sampled.logprobs, nobody.to(torch.int32), nobody]
+    return [sampled.logprobs, sampled.top_ids, sampled.top_logprobs]
 
 
 def _present(tensor: Tensor | None) -> list[Tensor]:
