@@ -18,8 +18,9 @@ from math import e, log2
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
+from torch import Tensor
+
+from testbed.kernels.language import tl, triton
 from testbed.kernels.measure import (
     AheadOfTime,
     benchmark,
@@ -29,7 +30,6 @@ from testbed.kernels.measure import (
     print_row,
     share,
 )
-from torch import Tensor
 
 PROGRAMS_PER_SM = 4
 """Stage-1 programs for each multiprocessor: two at a time for head_dim 128, and twice that evens out the rows' ends.
@@ -70,7 +70,7 @@ def tiles(head_dim: int, element_bytes: int) -> Tile:
 
 def padded(size: int) -> int:
     """The next size that ``tl.dot`` takes: a power of two, at least 16."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, int(triton.next_power_of_2(size)))
 
 
 class DecodeScratch:
@@ -94,7 +94,7 @@ class DecodeScratch:
         """``sms``: multiprocessors of the device. ``min_chunk``: tokens of a segment at least, if its row has them."""
         self.max_batch = max_batch
         self.min_chunk = min_chunk
-        self.wanted = triton.cdiv(sms * PROGRAMS_PER_SM, kv_heads)
+        self.wanted = -(-sms * PROGRAMS_PER_SM // kv_heads)
         segments = self.segments(max_batch)
         self.firsts = torch.zeros(max_batch + 1, dtype=torch.int32, device=device)
         self.rows = torch.zeros(segments, dtype=torch.int32, device=device)
@@ -331,7 +331,7 @@ def ahead_of_time() -> AheadOfTime:
     pages = dict.fromkeys(("page_table_ptr", "slots_ptr"), "*i32:16")
     strides = dict.fromkeys(("q_stride", "kv_stride", "table_stride", "out_stride"), "i32:16")
     shapes = [("bf16", 128, 4), ("bf16", 128, 8), ("bf16", 64, 4), ("bf16", 80, 1), ("bf16", 256, 2)]
-    shapes += [("fp16", 128, 4), ("fp32", 64, 7), ("fp32", 128, 4)]
+    shapes += [("fp32", 64, 7), ("fp32", 128, 4)]
     for dtype, head_dim, group in shapes:
         tensors = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}:16")
         signature = {**plan, **partials, **pages, **strides, **tensors, "batch": "i32", "log2_scale": "fp32"}

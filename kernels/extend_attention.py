@@ -19,8 +19,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from testbed.kernels.language import tl, triton
 from testbed.kernels.measure import (
     AheadOfTime,
     benchmark,
@@ -30,8 +32,6 @@ from testbed.kernels.measure import (
     share,
     teraflops_per_second,
 )
-from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 SHARED_BYTES = 227 * 1024
 """What a block of an H100 can have; bounds the tiles that are tried."""
@@ -65,7 +65,7 @@ def tiles(head_dim: int, element_bytes: int, queries: int) -> Tile:
 
 def padded(size: int) -> int:
     """The next size that ``tl.dot`` takes: a power of two, at least 16."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, int(triton.next_power_of_2(size)))
 
 
 def extend_attention(
@@ -242,9 +242,9 @@ def _causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     new, heads, head_dim = q.shape
     length, kv_heads = k.shape[:2]
     grouped = q.view(new, kv_heads, heads // kv_heads, head_dim).permute(1, 2, 0, 3)  # [kvh, group, t, d]
-    shared = (kv.transpose(0, 1)[:, None].expand(-1, heads // kv_heads, -1, -1) for kv in (k, v))
+    keys, values = (kv.transpose(0, 1)[:, None].expand(-1, heads // kv_heads, -1, -1) for kv in (k, v))
     seen = None if new == 1 else torch.ones(new, length, dtype=torch.bool, device=q.device).tril(length - new)
-    out = F.scaled_dot_product_attention(grouped, *shared, attn_mask=seen, scale=scale)
+    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen, scale=scale)
     return out.permute(2, 0, 1, 3).reshape(new, heads, head_dim)
 
 
@@ -253,16 +253,15 @@ def ahead_of_time() -> AheadOfTime:
     integers = ("page_table_ptr", "slots_ptr", "starts_ptr", "prefix_lens_ptr")
     strides = ("q_stride", "kv_stride", "cache_stride", "table_stride", "out_stride")
     common = {"log2_scale": "fp32", **dict.fromkeys(integers, "*i32:16"), **dict.fromkeys(strides, "i32:16")}
-    shapes = [("bf16", 128, 4), ("bf16", 128, 5), ("bf16", 64, 8), ("bf16", 80, 1), ("bf16", 256, 2)]
-    for dtype, head_dim, group in [*shapes, ("fp16", 128, 4), ("fp32", 64, 7), ("fp32", 128, 4)]:
+    variants = [("bf16", 128, 4, 64), ("bf16", 128, 4, 8192), ("bf16", 128, 5, 8192), ("bf16", 64, 8, 8192)]
+    variants += [("bf16", 80, 1, 64), ("bf16", 256, 2, 8192), ("fp32", 64, 7, 64), ("fp32", 128, 4, 64)]
+    for dtype, head_dim, group, queries in variants:
         pointers = ("q_ptr", "k_ptr", "v_ptr", "k_cache_ptr", "v_cache_ptr", "out_ptr")
-        signature = {**common, **dict.fromkeys(pointers, f"*{dtype}:16")}
-        element_bytes = 4 if dtype == "fp32" else 2
-        for tile in {tiles(head_dim, element_bytes, queries): None for queries in (64, 8192)}:
-            constants = {"GROUP": group, "HEAD_DIM": head_dim, "PAGE_SIZE": 16, "BLOCK_D": padded(head_dim)}
-            blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
-            options = {"num_stages": tile.stages, "num_warps": tile.warps}
-            yield _extend_kernel, signature, {**constants, **blocks}, options
+        tile = tiles(head_dim, 4 if dtype == "fp32" else 2, queries)
+        constants = {"GROUP": group, "HEAD_DIM": head_dim, "PAGE_SIZE": 16, "BLOCK_D": padded(head_dim)}
+        blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+        options = {"num_stages": tile.stages, "num_warps": tile.warps}
+        yield _extend_kernel, {**common, **dict.fromkeys(pointers, f"*{dtype}:16")}, {**constants, **blocks}, options
 
 
 class _Case:
@@ -272,22 +271,22 @@ class _Case:
         heads, kv_heads, head_dim = sizes
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         fused = torch.randn(rows * new, heads + 2 * kv_heads, head_dim, dtype=dtype, device=device)
-        self.tensors = fused.split([heads, kv_heads, kv_heads], dim=1)
+        self.q, self.k, self.v = torch.split(fused, [heads, kv_heads, kv_heads], dim=1)
         count = triton.cdiv(prefix, PAGE_SIZE) + 1
         cache = (rows * count * PAGE_SIZE, kv_heads, head_dim)
-        self.cache = [torch.randn(cache, dtype=dtype, device=device) for _ in range(2)]
-        pages = torch.randperm(rows * count, device=device).int().view(rows, count)
-        slots = torch.arange(rows, dtype=torch.int32, device=device)
-        starts = torch.arange(rows + 1, dtype=torch.int32, device=device) * new
-        self.where = (pages, slots, starts, torch.full_like(slots, prefix))
+        self.k_cache, self.v_cache = (torch.randn(cache, dtype=dtype, device=device) for _ in range(2))
+        self.pages = torch.randperm(rows * count, device=device).int().view(rows, count)
+        self.slots = torch.arange(rows, dtype=torch.int32, device=device)
+        self.starts = torch.arange(rows + 1, dtype=torch.int32, device=device) * new
+        self.prefix_lens = torch.full_like(self.slots, prefix)
         self.label, self.longest, self.scale = (rows, new, prefix, head_dim), new, head_dim**-0.5
         self.flops = 4 * heads * head_dim * rows * (new * prefix + new * (new + 1) / 2)
-        shape = (rows, heads, new, prefix + new, head_dim)
-        self.dense = [torch.randn(*shape[:2], length, head_dim, dtype=dtype, device=device) for length in shape[2:4]]
+        lengths = (new, prefix + new)
+        self.dense = [torch.randn(rows, heads, length, head_dim, dtype=dtype, device=device) for length in lengths]
 
     def attend(self, tile: Tile | None = None) -> Tensor:
         return extend_attention(
-            *self.tensors, *self.cache, *self.where,
+            self.q, self.k, self.v, self.k_cache, self.v_cache, self.pages, self.slots, self.starts, self.prefix_lens,
             page_size=PAGE_SIZE, longest=self.longest, scale=self.scale, tile=tile,
         )  # fmt: skip
 
