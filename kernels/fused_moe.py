@@ -12,8 +12,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
+from torch import Tensor
+
+from testbed.kernels.language import tl, triton
 from testbed.kernels.measure import (
     AheadOfTime,
     benchmark,
@@ -26,7 +27,6 @@ from testbed.kernels.measure import (
     teraflops_per_second,
 )
 from testbed.kernels.silu_mul import silu_and_mul, silu_and_mul_reference
-from torch import Tensor
 
 SORT_BLOCK = 2048
 COMBINE_BLOCK = 1024

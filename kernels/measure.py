@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+
 from testbed.kernels.interpreter import INTERPRETED
 
 AheadOfTime = Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]

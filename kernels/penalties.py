@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import triton
-import triton.language as tl
+from torch import Tensor
+
+from testbed.kernels.language import tl, triton
 from testbed.kernels.measure import (
     AheadOfTime,
     benchmark,
@@ -24,7 +25,6 @@ from testbed.kernels.measure import (
     print_row,
     share,
 )
-from torch import Tensor
 
 BLOCK = 2048
 COUNT_BLOCK = 128

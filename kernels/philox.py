@@ -8,10 +8,10 @@ depends neither on its neighbours in the batch nor on how often anybody has draw
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
-from testbed.kernels.measure import AheadOfTime
 from torch import Tensor
+
+from testbed.kernels.language import tl, triton
+from testbed.kernels.measure import AheadOfTime
 
 ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

@@ -9,8 +9,9 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import triton
-import triton.language as tl
+from torch import Tensor
+
+from testbed.kernels.language import tl, triton
 from testbed.kernels.measure import (
     AheadOfTime,
     benchmark,
@@ -20,7 +21,6 @@ from testbed.kernels.measure import (
     print_row,
     share,
 )
-from torch import Tensor
 
 TILE = 2048
 """Elements of a program where rows are short: it takes several."""

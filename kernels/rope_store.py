@@ -8,8 +8,9 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import triton
-import triton.language as tl
+from torch import Tensor
+
+from testbed.kernels.language import tl, triton
 from testbed.kernels.measure import (
     AheadOfTime,
     benchmark,
@@ -20,7 +21,6 @@ from testbed.kernels.measure import (
     share,
 )
 from testbed.kernels.rms_norm import rms_norm_reference
-from torch import Tensor
 
 HEADS = 8
 """Heads of a program: few enough that the heads of a single token fill several multiprocessors."""

@@ -26,8 +26,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import triton
-import triton.language as tl
+from torch import Tensor
+
+from testbed.kernels.language import tl, triton
 from testbed.kernels.measure import (
     AheadOfTime,
     benchmark,
@@ -38,7 +39,6 @@ from testbed.kernels.measure import (
     share,
 )
 from testbed.kernels.philox import token_bits_block, token_bits_reference
-from torch import Tensor
 
 BLOCK = 2048
 """Tokens of a program of the draw: a vocabulary of 152k makes 75 programs a row."""

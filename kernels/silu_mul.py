@@ -6,8 +6,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
+from torch import Tensor
+
+from testbed.kernels.language import tl, triton
 from testbed.kernels.measure import (
     AheadOfTime,
     benchmark,
@@ -17,7 +18,6 @@ from testbed.kernels.measure import (
     print_row,
     share,
 )
-from torch import Tensor
 
 BLOCK = 1024
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from testbed.kernels.interpreter import INTERPRETED
 from torch import Tensor
 
 from testbed.engine.backends.base import AttentionPlan, Backend, DecodeRows, ExtendRows, Rotary
 from testbed.engine.backends.torch_backend import TorchBackend
 from testbed.engine.backends.triton_backend import TritonBackend
+from testbed.kernels.interpreter import INTERPRETED
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 HEADS, KV_HEADS, D, CONTEXT, MAX_BATCH = 6, 2, 20, 40, 5

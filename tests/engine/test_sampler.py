@@ -14,11 +14,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from testbed.kernels.sampling import SamplingColumns, scores_reference
 from torch import Tensor
 
 from testbed.engine.inputs import SamplingNeeds, SlotSampling
 from testbed.engine.sampler import Sampled, Sampler
+from testbed.kernels.sampling import SamplingColumns, scores_reference
 from testbed.sampling import SamplingParams
 
 SLOTS, VOCAB, EOS = 6, 40, 3

@@ -10,8 +10,9 @@ from unittest import mock
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from testbed.kernels.interpreter import INTERPRETED
 from torch import Tensor
+
+from testbed.kernels.interpreter import INTERPRETED
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 

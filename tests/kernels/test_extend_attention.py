@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from testbed.kernels.extend_attention import Tile, extend_attention, extend_attention_reference
 from torch import Tensor
 
+from testbed.kernels.extend_attention import Tile, extend_attention, extend_attention_reference
 from tests.kernels.inputs import Numbers, assert_near, dtypes, few, seeds
 from tests.kernels.paged import EDGES, Paged, dense_attention, groups, head_dims, page_sizes
 

@@ -8,6 +8,10 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from torch import Tensor
+from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
 from testbed.kernels import fused_moe as module
 from testbed.kernels.fused_moe import (
     fused_moe,
@@ -18,10 +22,6 @@ from testbed.kernels.fused_moe import (
     sort_by_expert,
     sort_by_expert_reference,
 )
-from torch import Tensor
-from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
-
 from tests.kernels.inputs import DEVICE, Numbers, assert_near, dtypes, few, poisoned, seeds
 
 tokens, experts = st.integers(1, 20), st.integers(1, 9)

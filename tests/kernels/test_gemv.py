@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from testbed.kernels.gemv import MOST_TOKENS, PAYS, gemv_pays, linear_small, linear_small_reference
 
+from testbed.kernels.gemv import MOST_TOKENS, PAYS, gemv_pays, linear_small, linear_small_reference
 from tests.kernels.inputs import DEVICE, Numbers, assert_near, dtypes, few, poisoned, seeds
 
 

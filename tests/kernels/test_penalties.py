@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from testbed.kernels.penalties import Penalties, adjust, adjust_reference, count, count_reference
 from torch import Tensor
+
+from testbed.kernels.penalties import Penalties, adjust, adjust_reference, count, count_reference
 
 BOTH = pytest.mark.parametrize("apply", [adjust_reference, adjust])
 Adjust = Callable[[Tensor, Tensor, Penalties | None, Tensor | None], None]

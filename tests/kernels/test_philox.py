@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from testbed.kernels.philox import philox_reference, token_bits, token_bits_reference
 
 KNOWN = {

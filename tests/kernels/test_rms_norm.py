@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from testbed.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from testbed.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from tests.kernels.inputs import DEVICE, Numbers, assert_near, dtypes, few, poisoned, seeds
 
 tokens, widths, gaps = st.integers(1, 12), st.integers(1, 300), st.integers(0, 5)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from testbed.kernels.rope_store import rope_and_store, rope_and_store_reference
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from testbed.kernels.rope_store import rope_and_store, rope_and_store_reference
 from tests.kernels.inputs import DEVICE, Numbers, assert_near, dtypes, few, seeds
 
 POSITIONS = 50

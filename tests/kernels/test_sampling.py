@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from testbed.kernels.philox import token_bits_reference
 from testbed.kernels.sampling import (
     SamplingColumns,
@@ -25,7 +27,6 @@ from testbed.kernels.sampling import (
     lowest_kept_reference,
     scores_reference,
 )
-from torch import Tensor
 
 MARGIN = 1e-4
 Draw = Callable[[Tensor, Tensor, Tensor, SamplingColumns, bool], Tensor]

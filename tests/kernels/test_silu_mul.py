@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from testbed.kernels.silu_mul import silu_and_mul, silu_and_mul_reference
 
+from testbed.kernels.silu_mul import silu_and_mul, silu_and_mul_reference
 from tests.kernels.inputs import DEVICE, Numbers, assert_near, dtypes, few, poisoned, seeds
 
 

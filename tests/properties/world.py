@@ -272,7 +272,8 @@ def run(
     runtime: Any
     if paced or device_of:
         clock = wall.WallClock()
-        real = device_of(clock, oracle, scheduler) if device_of else PacedDevice(clock, ConstantCostModel(device), oracle)
+        modelled = PacedDevice(clock, ConstantCostModel(device), oracle)
+        real = device_of(clock, oracle, scheduler) if device_of else modelled
         traffic = Traffic(workload, oracle)
         runtime = WatchedWall(clock=clock, device=real, recorder=recorder, traffic=traffic, inject=inject)
         runtime.prepare(scheduler, script or {}, watch)

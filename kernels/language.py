@@ -1,0 +1,27 @@
+"""Triton, where it is installed. Where it is not (macOS, a lean machine) the references beside the kernels still work:
+they are what a CPU runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+try:
+    import triton
+    import triton.language as tl
+
+    AVAILABLE = True
+except ImportError:
+    AVAILABLE = False
+    tl = None
+
+    class triton:
+        """Stands in: kernels are defined, and cannot be launched."""
+
+        @staticmethod
+        def jit(kernel: Callable[..., Any] | None = None, **_: object) -> Any:
+            """The decorator, with and without options."""
+            return kernel if kernel is not None else lambda function: function
+
+
+__all__ = ["AVAILABLE", "tl", "triton"]
