@@ -6,22 +6,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+
+class _NoTriton:
+    """Stands in: kernels are defined, and cannot be launched."""
+
+    @staticmethod
+    def jit(kernel: Callable[..., Any] | None = None, **_: object) -> Any:
+        return kernel if kernel is not None else lambda function: function
+
+
 try:
     import triton
     import triton.language as tl
 
     AVAILABLE = True
 except ImportError:
+    triton = tl = _NoTriton()  # type: ignore[assignment]
     AVAILABLE = False
-    tl = None
-
-    class triton:
-        """Stands in: kernels are defined, and cannot be launched."""
-
-        @staticmethod
-        def jit(kernel: Callable[..., Any] | None = None, **_: object) -> Any:
-            """The decorator, with and without options."""
-            return kernel if kernel is not None else lambda function: function
-
-
-__all__ = ["AVAILABLE", "tl", "triton"]
