@@ -21,5 +21,5 @@ try:
 
     AVAILABLE = True
 except ImportError:
-    triton = tl = _NoTriton()  # type: ignore[assignment]
+    triton = tl = _NoTriton()
     AVAILABLE = False
