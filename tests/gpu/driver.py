@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from testbed.engine.inputs import StepInputs, StepOutputs
 from testbed.engine.runner import ModelRunner, RunningStep
@@ -20,36 +21,16 @@ class Driver:
         self._runner = runner
         self._page_size = page_size
         self._pages = -(-most_tokens // page_size)
-        self._draw = np.random.Generator(np.random.Philox(key=seed))
+        draw = np.random.Generator(np.random.Philox(key=seed))
+        self.tokens = draw.integers(0, runner.info.vocab_size, (rows, most_tokens), dtype=np.int32)
+        """What prompts are made of, and what ``taught`` steps are told was drawn: int32 [rows, most_tokens]."""
         self.slots = np.arange(rows, dtype=np.int32)
         self.lengths = np.zeros(rows, dtype=np.int32)
         self._index = 0
 
-    def _table(self, row: int) -> tuple[Ints, Ints]:
-        numbers = np.arange(self._pages, dtype=np.int32)
-        places = row * self._runner.info.table_width + numbers
-        return places.astype(np.int32), (1 + row * self._pages + numbers).astype(np.int32)
-
     def prefill(self, row: int, tokens: int, last: bool = True) -> RunningStep:
         """Compute ``tokens`` more of a row's prompt."""
-        prefix = int(self.lengths[row])
-        slot = self.slots[row : row + 1]
-        places, pages = self._table(row)
-        self.lengths[row] += tokens
-        return self._launch(
-            StepInputs(
-                self._index,
-                places=places,
-                pages=pages,
-                token_ids=self._draw.integers(0, self._runner.info.vocab_size, tokens, dtype=np.int32),
-                token_slots=np.repeat(slot, tokens),
-                token_positions=np.arange(prefix, prefix + tokens, dtype=np.int32),
-                prefill_slots=slot,
-                prefix_lens=np.array([prefix], np.int32),
-                starts=np.array([0, tokens], np.int32),
-                row_slots=slot if last else np.array([self._runner.spare_slot], np.int32),
-            )
-        )
+        return self._launch(self._prefill_inputs(row, tokens, last))
 
     def fill(self, tokens: int, chunk: int) -> None:
         """Prompts of ``tokens`` tokens for every row, in chunks."""
@@ -63,13 +44,58 @@ class Driver:
         outputs: list[StepOutputs] = []
         running: list[RunningStep] = []
         for _ in range(steps):
-            positions, self.lengths = self.lengths, self.lengths + 1
-            running.append(
-                self._launch(StepInputs(self._index, decode_slots=self.slots, positions=positions.astype(np.int32)))
-            )
+            running.append(self._launch(self._decode_inputs()))
             if len(running) == IN_FLIGHT:
                 outputs.append(running.pop(0).wait())
         return outputs + [step.wait() for step in running]
+
+    def taught_prefill(self, row: int, tokens: int, last: bool) -> Tensor:
+        """As ``prefill``; what follows is the row's next token whatever is drawn. Logits float32 [1, vocab], CPU."""
+        inputs = self._prefill_inputs(row, tokens, last)
+        inputs.forced = self.tokens[row, self.lengths[row] : self.lengths[row] + 1]
+        return self._logits(inputs)
+
+    def taught_decode(self) -> Tensor:
+        """A decode step likewise: logits float32 [rows, vocab], on the CPU."""
+        inputs = self._decode_inputs()
+        inputs.forced = self.tokens[self.slots, self.lengths % self.tokens.shape[1]]
+        return self._logits(inputs)
+
+    def _prefill_inputs(self, row: int, tokens: int, last: bool) -> StepInputs:
+        prefix = int(self.lengths[row])
+        slot = self.slots[row : row + 1]
+        places, pages = self._table(row)
+        self.lengths[row] += tokens
+        return StepInputs(
+            self._index,
+            places=places,
+            pages=pages,
+            token_ids=self.tokens[row, prefix : prefix + tokens],
+            token_slots=np.repeat(slot, tokens),
+            token_positions=np.arange(prefix, prefix + tokens, dtype=np.int32),
+            prefill_slots=slot,
+            prefix_lens=np.array([prefix], np.int32),
+            starts=np.array([0, tokens], np.int32),
+            row_slots=slot if last else np.array([self._runner.spare_slot], np.int32),
+        )
+
+    def _decode_inputs(self) -> StepInputs:
+        positions, self.lengths = self.lengths, self.lengths + np.int32(1)
+        return StepInputs(self._index, decode_slots=self.slots, positions=positions)
+
+    def _table(self, row: int) -> tuple[Ints, Ints]:
+        numbers = np.arange(self._pages, dtype=np.int32)
+        places = row * self._runner.info.table_width + numbers
+        return places.astype(np.int32), (1 + row * self._pages + numbers).astype(np.int32)
+
+    def _logits(self, inputs: StepInputs) -> Tensor:
+        inputs.defer_sampling = True
+        step = self._launch(inputs)
+        logits = step.logits
+        assert logits is not None
+        step.sample(None)
+        step.wait()
+        return logits.float().cpu()  # before the next step, which may compute into the same memory
 
     def _launch(self, inputs: StepInputs) -> RunningStep:
         self._index += 1
