@@ -273,8 +273,7 @@ def test_pickled_weights_are_not_taken_for_none(folder: Path) -> None:
 def test_more_than_the_memory(folder: Path) -> None:
     """The operating system refuses at once: nothing is read, nothing is left."""
     edit_config(without_weights(folder), vocab_size=10**13)
-    needed = load_decoder_config(folder).spec.weight_bytes("float32")
-    refused(folder, "model", f"{needed:,} bytes", "cpu")
+    refused(folder, "model", "the weights of model in float32 take 5,120,000", "more than cpu has free")
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
@@ -283,7 +282,7 @@ def test_a_full_device(error: Exception, folder: Path, monkeypatch: pytest.Monke
         raise error
 
     monkeypatch.setattr(weights, "allocate_weights", full)
-    refused(folder, "model", "bytes")
+    refused(folder, "model", "the weights of model", "more than cpu has free")
 
 
 def test_other_errors_stay_what_they_are(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
