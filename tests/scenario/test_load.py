@@ -193,7 +193,7 @@ def test_a_scenario_needs_no_data_or_says_so() -> None:
     assert "trace:" not in text
     for path in SCENARIOS:
         requests = load_scenario(path).scenario.workload.requests
-        if requests is not None:
+        if requests is not None and Path(requests.trace).parent != path.parent:  # what lies beside it ships with it
             assert requests.trace in path.read_text(encoding="utf-8").split("\nname:")[0], (
                 f"{path.name}: say what it needs"
             )
