@@ -14,7 +14,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from testbed.engine.device import DeviceLost
 from testbed.engine.inputs import Ints
 
 STAGING_BUFFERS = 4
@@ -226,10 +225,7 @@ class _CudaTicket:
         self._end = end
 
     def wait(self) -> tuple[int, int]:
-        try:
-            waited = not self._end.query()
-            self._end.synchronize()
-        except torch.AcceleratorError as error:
-            raise DeviceLost(str(error).splitlines()[0]) from error
+        waited = not self._end.query()
+        self._end.synchronize()
         end_ns = self._timeline.time_ns(self._end, waited)
         return end_ns - round(self._begin.elapsed_time(self._end) * 1e6), end_ns

@@ -38,7 +38,7 @@ def test_figures_of_a_gpu_are_never_replaced_by_a_run_without_one(tmp_path: Path
     assert report.keep([section("decode", passed=False)], tmp_path)["decode"].passed is False
     page = (tmp_path / report.PAGE).read_text(encoding="utf-8")
     assert "| this | 1 / 2 | 2 | FAIL |" in page
-    assert "Nothing was measured" in page
+    assert "no speed was measured" in page
     assert "Not run." in page
 
 
