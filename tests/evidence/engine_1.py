@@ -1,0 +1,88 @@
+"""Greedy tokens, logits and log-probabilities equal to ``transformers``, for six families over a covering array.
+
+Each family's tiny random model (deviation 0.3, float32, CPU) answers the same random prompts under every setting of
+``tests.engine.against_transformers``, whose docstring states the margin rule. At full size the result is written to
+``reports/engine_exactness/README.md``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import transformers
+
+from tests.engine.against_transformers import (
+    MARGIN,
+    MOST_CLOSE,
+    TOLERANCE,
+    Comparison,
+    Held,
+    all_settings,
+    hold_family,
+)
+from tests.engine.world import FAMILIES
+from tests.evidence.evidence import Evidence, commit_page
+
+REQUESTS = 200
+SMOKE_REQUESTS = 40
+
+
+def check(smoke: bool) -> Evidence:
+    """Every family under every setting; in the smoke size each setting is run by two of the families."""
+    torch.set_num_threads(1)
+    requests = SMOKE_REQUESTS if smoke else REQUESTS
+    settings = all_settings()
+    held: dict[str, list[Held]] = {}
+    for number, family in enumerate(FAMILIES):
+        chosen = settings[number % 3 :: 3] if smoke else settings
+        with TemporaryDirectory() as folder:
+            held[family] = hold_family(family, Path(folder) / family, chosen, requests)
+    every = [(family, one) for family, all_of_it in held.items() for one in all_of_it]
+    total = sum_of([one for _, one in every])
+    problems = [f"{family}: {line}" for family, one in every for line in one.happened.lacking(one.setting, requests)]
+    problems += [f"{family}, {one.setting}: {line}" for family, one in every for line in one.comparison.wrong]
+    failed = sum(not one.comparison.holds for _, one in every)
+    evidence = Evidence(
+        figure=f"{total.tokens} tokens of {len(every)} runs ({requests} prompts a family): {failed} runs differ, "
+        f"{total.excused} tokens excused; largest error of logits {total.logits_error:.1e} ({total.rows} rows), "
+        f"of log-probabilities {total.logprobs_error:.1e} ({total.logprobs})",
+        bar=f"none differs; errors at most {TOLERANCE:.0e}; a token is excused only where the reference's two best "
+        f"logits are less than {MARGIN:.0e} apart, at most {MOST_CLOSE:.0%} of the tokens; every run goes through what "
+        "its setting asks for",
+        passed=not failed and not problems,
+        details=(*problems, *(line_of(family, found) for family, found in held.items()), "", *ways(held), "", basis()),
+    )
+    if not smoke:
+        commit_page("engine_exactness", "The engine against transformers", "engine.1", evidence)
+    return evidence
+
+
+def sum_of(held: list[Held]) -> Comparison:
+    """All comparisons as one."""
+    total = Comparison()
+    for one in held:
+        total.add(one.comparison)
+    return total
+
+
+def line_of(family: str, held: list[Held]) -> str:
+    """A family's figures over its settings."""
+    found = sum_of(held)
+    return (
+        f"{family}: {found.tokens} tokens, {found.close} close calls, {found.excused} excused; "
+        f"logits {found.logits_error:.1e} over {found.rows} rows, log-probabilities {found.logprobs_error:.1e} over "
+        f"{found.logprobs}"
+    )
+
+
+def ways(held: dict[str, list[Held]]) -> list[str]:
+    """What each setting went through, by the first family that was run under it."""
+    seen = {str(one.setting): one.happened for family in reversed(held) for one in held[family]}
+    return [f"{setting}: {seen[setting]}" for setting in map(str, all_settings())]
+
+
+def basis() -> str:
+    """What it rests on."""
+    return f"transformers {transformers.__version__}, torch {torch.__version__}, one thread"
