@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from testbed.scenario.models import load_model
-from tests.gpu import decode, prefill, report
+from tests.gpu import decode, exactness, prefill, report
 from tests.gpu.report import NO_GPU, SECTIONS, Section
 
 GPU = {"device": "H100"}
@@ -75,3 +77,15 @@ def test_bytes_and_operations_are_those_of_the_model() -> None:
     matrices = 32 * (6144 * 4096 + 4096 * 4096 + 3 * 14336 * 4096)
     pairs = 8192 * 8193 // 2
     assert prefill.flops(llama, 8192) == 2 * matrices * 8192 + 32 * 4 * 4096 * pairs + 2 * 128_256 * 4096
+
+
+def test_exactness_judges_by_the_errors_of_the_other_model() -> None:
+    draw = torch.Generator().manual_seed(0)
+    reference = torch.randn(4, 5, 30, generator=draw)
+    theirs, ours = (reference + 0.01 * torch.randn(4, 5, 30, generator=draw) for _ in range(2))
+    assert exactness._judge("close", ours, theirs, reference, routed=False).passed
+    wrong = ours.clone()
+    wrong[0, 0] = wrong[0, 0].roll(1)  # one token of twenty
+    for routed in (False, True):
+        assert not exactness._judge("one wrong", wrong, theirs, reference, routed).passed
+        assert not exactness._judge("far off", ours + 1, theirs, reference, routed).passed
