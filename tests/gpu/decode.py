@@ -1,7 +1,7 @@
 """Decoding of Llama-3.1-8B in bf16 at 1k tokens of context, against the speed of a copy.
 
 Two steps are in flight, as in the overlapped loop. The *period* is the time from the end of a step to the end of the
-next, over all steps but the first three: tokens/s = batch / period. *Bytes* of a step are those that it must read: every
+next, over all steps but the first three: tokens/s = batch / period. *Bytes* of a step are what it must read: every
 weight once, but of an embedding that is not the head too; and the KV of all contexts. GB/s = bytes / period.
 """
 
