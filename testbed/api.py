@@ -31,7 +31,8 @@ from testbed.costs import (
     load_host,
 )
 from testbed.engine.builder import InputBuilder
-from testbed.engine.device import open_device
+from testbed.engine.device import open_device, processor_name
+from testbed.engine.models.config import load_decoder_config
 from testbed.engine.options import DeviceInfo, EngineOptions
 from testbed.loops.base import LoopContext
 from testbed.loops.select import LOOPS, EventLoop, find_loop
@@ -57,6 +58,11 @@ from testbed.workload import Workload, build_workload
 Progress = Callable[[int, int, int, int, int | None], None]
 """Called now and then with (virtual or wall time in ns, requests ended, running, waiting, requests in all if known)."""
 PROGRESS_EVERY_STEPS = 512
+"""Of a simulation."""
+PROGRESS_EVERY_NS = 500_000_000
+"""Of a run on the wall clock."""
+SOME_TOKENS = 1 << 20
+"""A KV capacity to check a scenario with before a device says what it holds."""
 
 
 @dataclass(slots=True)
@@ -157,7 +163,7 @@ def simulate(
     if leap and engine.loop in LOOPS.values() and engine.scheduler.strategy_is_ours:
         runtime.leap = Leaper(engine.scheduler, runtime).try_leap
     if progress is not None:
-        _report_progress(engine, runtime.traffic, progress)
+        _report_progress(engine, runtime.traffic, progress, lambda: engine.scheduler.steps, PROGRESS_EVERY_STEPS)
     with own_faults(), _memory_rules(engine), _rare_collections():
         virtual.run_to_the_end(engine.loop(LoopContext(engine.scheduler, runtime)), runtime)
     return _run(engine, runtime.traffic, "simulated")
@@ -182,7 +188,7 @@ def execute(
     if paced:
         engine = build_engine(chosen, checks=checks)
         return _execute(engine, lambda clock: PacedDevice(clock, engine.cost_model, engine.oracle), "paced", progress)
-    with open_device(engine_options(chosen)) as device:
+    with open_device(check_real(chosen)) as device:
         engine = build_engine(chosen, checks=checks, real=device.info)
         builder = InputBuilder(
             engine.scheduler.memory.slots, chosen.engine.page_size, device.info.table_width, chosen.seed
@@ -215,10 +221,21 @@ def _execute(
         inject=inject,
     )
     if progress is not None:
-        _report_progress(engine, runtime.traffic, progress)
+        _report_progress(engine, runtime.traffic, progress, clock.now_ns, PROGRESS_EVERY_NS)
     with own_faults(), _memory_rules(engine), wall.stops_on_interrupt(clock):
         wall.run_to_the_end(engine.loop(LoopContext(engine.scheduler, runtime)))
     return _run(engine, runtime.traffic, label, info, interrupted=clock.stopping)
+
+
+def check_real(scenario: Scenario) -> EngineOptions:
+    """What a device is started with to run ``scenario``, once all is refused that can be refused without a device: it
+    may take minutes to load. Raises InputError."""
+    options = engine_options(scenario)
+    kv_tokens = min(scenario.engine.kv_tokens or SOME_TOKENS, SOME_TOKENS)
+    build_engine(
+        scenario.model_copy(update={"engine": scenario.engine.model_copy(update={"kv_tokens": kv_tokens})})
+    )
+    return options
 
 
 def engine_options(scenario: Scenario) -> EngineOptions:
@@ -235,6 +252,8 @@ def engine_options(scenario: Scenario) -> EngineOptions:
             where=where,
             remedy="use quantization: none and kv_dtype: auto; testbed simulate prices the others",
         )
+    decoder = load_decoder_config(scenario.model)
+    decoder.check_context(config.context_length or decoder.context_limit)
     return EngineOptions(
         model=scenario.model,
         dtype=config.dtype,
@@ -324,14 +343,17 @@ def _kv_tokens(scenario: Scenario, model: ModelSpec, device: DeviceProfile | Non
     return scenario.engine.kv_tokens
 
 
-def _report_progress(engine: Engine, traffic: Traffic, progress: Progress) -> None:
+def _report_progress(
+    engine: Engine, traffic: Traffic, progress: Progress, reached: Callable[[], int], every: int
+) -> None:
+    """Call ``progress`` whenever ``reached`` has grown by ``every``."""
     scheduler, expected = engine.scheduler, engine.workload.expected_requests()
-    due = PROGRESS_EVERY_STEPS
+    due = every
 
     def step() -> None:
         nonlocal due
-        if scheduler.steps >= due:  # a leap may pass it
-            due = scheduler.steps + PROGRESS_EVERY_STEPS
+        if reached() >= due:  # a leap may pass it
+            due = reached() + every
             progress(scheduler.now_ns, traffic.ended, len(scheduler.running), len(scheduler.waiting), expected)
 
     scheduler.on_step = step
@@ -355,7 +377,10 @@ def _run(
     _price_work(engine, records.steps)
     meta = _meta(engine, label, info)
     if interrupted:
-        meta["notes"].insert(0, f"interrupted: {traffic.open} of {len(traffic.sent)} requests sent had not ended")
+        meta["interrupted"] = True
+        expected = engine.workload.expected_requests()
+        ended = f"{traffic.ended:,}" if expected is None else f"{traffic.ended:,} of {expected:,}"
+        meta["notes"].insert(0, f"interrupted: {ended} requests had ended, {traffic.open:,} were under way")
     return Run(resolve(engine.scenario), records, meta)
 
 
@@ -396,18 +421,8 @@ def _provenance(seed: int) -> dict[str, Any]:
         "testbed": testbed.__version__,
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
-        "machine": _processor(),
+        "machine": processor_name(),
     }
-
-
-def _processor() -> str:
-    """The name of the CPU, as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def _compute_dtype(scenario: Scenario) -> str:

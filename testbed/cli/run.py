@@ -33,9 +33,19 @@ def run(
     window = options.read_window(trace_window)
     loaded = options.read_scenario(scenario, settings, seed, percentiles)
 
+    def check(one: Scenario) -> None:
+        from testbed import api
+
+        if paced:
+            api.build_engine(one)
+        else:
+            api.check_real(one)
+
     def execute(one: Scenario, tick: Progress | None) -> Any:
         from testbed import api
 
         return api.execute(one, paced=paced, progress=tick)
 
-    run_scenario(loaded, execute, output, thresholds, report=report, trace=trace, window=window, progress=progress)
+    run_scenario(
+        loaded, check, execute, output, thresholds, report=report, trace=trace, window=window, progress=progress
+    )

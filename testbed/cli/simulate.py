@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from testbed.scenario.load import LoadedScenario
     from testbed.scenario.schema import Scenario
 
+Check = Callable[["Scenario"], object]
+"""Raises InputError for a scenario that cannot run."""
 Execute = Callable[["Scenario", Progress | None], Any]
 """Runs one scenario and returns its ``Run``."""
 
@@ -40,16 +42,24 @@ def simulate(
     window = options.read_window(trace_window)
     loaded = options.read_scenario(scenario, settings, seed, percentiles)
 
+    def check(one: Scenario) -> None:
+        from testbed import api
+
+        api.build_engine(one)
+
     def execute(one: Scenario, tick: Progress | None) -> Any:
         from testbed import api
 
         return api.simulate(one, progress=tick)
 
-    run_scenario(loaded, execute, output, thresholds, report=report, trace=trace, window=window, progress=progress)
+    run_scenario(
+        loaded, check, execute, output, thresholds, report=report, trace=trace, window=window, progress=progress
+    )
 
 
 def run_scenario(
     loaded: LoadedScenario,
+    check: Check,
     execute: Execute,
     output: Path | None,
     thresholds: list[Threshold],
@@ -59,10 +69,12 @@ def run_scenario(
     window: tuple[int, int] | None,
     progress: bool,
 ) -> None:
-    """Run a scenario, or each of its variants; print, save, report; ends with status 1 when a threshold is missed."""
+    """Run a scenario, or each of its variants; print, save, report; ends with status 1 when a threshold is missed.
+
+    A run that was interrupted is printed and saved; then the command ends as after any Ctrl-C."""
     check_output(output)
     check_thresholds(thresholds, loaded.scenario)
-    _check_variants(loaded)
+    _check_variants(loaded, check)
     folder: Path | None = None
     runs: list[tuple[Path, Any]] = []
     reasons: list[str] = []
@@ -72,10 +84,9 @@ def run_scenario(
                 run = execute(one, tick)
             folder = folder or output_folder(output, loaded.scenario.name)  # not before there is something to put in
             _save(run, folder / name)
-        print(f"{run.table()}\n\nrun: {folder / name}", flush=True)
-        for note in run.meta["notes"]:
-            if not note.startswith(("unmeasured: ", "guess: ")):  # these are in the report; what was cut is news
-                print(f"note: {name}{': ' if name else ''}{note}", file=sys.stderr)
+        _print(run, name, folder / name)
+        if run.meta.get("interrupted"):
+            raise KeyboardInterrupt
         runs.append((folder / name, run))
         prefix = f"{name}: " if name else ""
         reasons += [prefix + reason for reason in missed_thresholds(run, thresholds)]
@@ -84,6 +95,14 @@ def run_scenario(
         print(f"missed: {reason}", file=sys.stderr)
     if reasons:
         raise typer.Exit(1)
+
+
+def _print(run: Any, name: str, folder: Path) -> None:
+    """The table, the place, and on stderr the news."""
+    print(f"{run.table()}\n\nrun: {folder}", flush=True)
+    for note in run.meta["notes"]:
+        if not note.startswith(("unmeasured: ", "guess: ")):  # these are in the report; what was cut is news
+            print(f"note: {name}{': ' if name else ''}{note}", file=sys.stderr)
 
 
 @contextmanager
@@ -108,13 +127,11 @@ def _save(run: Any, folder: Path) -> None:
         raise
 
 
-def _check_variants(loaded: LoadedScenario) -> None:
+def _check_variants(loaded: LoadedScenario, check: Check) -> None:
     """Refuse what cannot run before the first variant has taken its time (a single scenario is refused anyway)."""
-    from testbed.api import build_engine
-
     for name, one in loaded.variants.items():
         with options.located(loaded, name):
-            build_engine(one)
+            check(one)
 
 
 def _report(

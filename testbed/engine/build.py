@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-import platform
+import os
 from types import TracebackType
 from typing import Self
 
@@ -11,7 +11,8 @@ import torch
 
 from testbed.engine.backends.base import Backend
 from testbed.engine.backends.torch_backend import TorchBackend
-from testbed.engine.device import DeviceLost
+from testbed.engine.device import processor_name
+from testbed.engine.faults import device_errors, free_bytes
 from testbed.engine.inputs import StepInputs
 from testbed.engine.models.config import DecoderConfig, load_decoder_config
 from testbed.engine.models.weights import load_decoder
@@ -36,12 +37,7 @@ class LocalDevice:
     def launch(self, inputs: StepInputs) -> RunningStep:
         """See device.Device."""
         assert self._runner is not None, "the device is closed"
-        try:
-            return self._runner.launch(inputs)
-        except torch.OutOfMemoryError as error:
-            raise _out_of_memory(error) from error
-        except torch.AcceleratorError as error:
-            raise DeviceLost(str(error).splitlines()[0]) from error
+        return self._runner.launch(inputs)
 
     def close(self) -> None:
         """See device.Device. A runner and its graphs refer to one another, so only the collector frees them; the next
@@ -63,19 +59,20 @@ class LocalDevice:
 def build_runner(options: EngineOptions, device: torch.device) -> ModelRunner:
     """Load, allocate, capture and warm up. Raises InputError for what cannot run."""
     config = load_decoder_config(options.model)
-    context_length = _context_length(options, config)
+    context_length = options.context_length or config.context_limit
+    config.check_context(context_length)
     attention = options.attention
     if attention == "auto":
         attention = "triton" if device.type == "cuda" else "torch"
-    try:
+    with device_errors():
         backend = _backend(attention, options, config, device)
         dtype: torch.dtype = getattr(torch, options.dtype)
         decoder = load_decoder(
             options.model, dtype=dtype, device=device, backend=backend, seed=options.seed, std=options.weights_std
         )
-        kv_tokens = options.kv_tokens or _kv_capacity(options, config, context_length, device)
+        kv_tokens = _kv_tokens(options, config, context_length, device)
         info = DeviceInfo(
-            name=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+            name=torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
             kind=device.type,
             backend=attention,
             kv_tokens=kv_tokens // options.page_size * options.page_size,
@@ -84,7 +81,7 @@ def build_runner(options: EngineOptions, device: torch.device) -> ModelRunner:
             vocab_size=config.spec.vocab,
             eos_token_ids=config.eos_token_ids,
             weights=decoder.source,
-            notes=(f"weights: {decoder.source}", f"attention backend: {attention}"),
+            notes=_notes(decoder.source, attention, options, device),
         )
         queue: Queue = CudaQueue(device, 4 * options.chunk_tokens) if device.type == "cuda" else CpuQueue()
         runner = ModelRunner(decoder, backend, queue, info, options, device)
@@ -92,14 +89,25 @@ def build_runner(options: EngineOptions, device: torch.device) -> ModelRunner:
             longest = max(1, min(options.chunk_tokens, context_length - 32, info.kv_tokens - 32))
             runner.warm_up([*(length for length in WARM_LENGTHS if length < longest), longest])
             torch.cuda.synchronize(device)
-    except torch.OutOfMemoryError as error:
-        raise _out_of_memory(error) from error
     return runner
+
+
+def _notes(weights: str, attention: str, options: EngineOptions, device: torch.device) -> tuple[str, ...]:
+    """What was chosen where the scenario says nothing."""
+    notes = [f"weights: {weights}", f"attention backend: {attention}"]
+    if device.type == "cpu":
+        threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+        notes.append(f"computed in {options.dtype} on {threads} of {cores} cores of this machine")
+        if options.kv_tokens is None:
+            notes.append(f"KV: at most {CPU_KV_BYTES / 1e9:.2f} GB on a CPU; engine.kv_tokens says otherwise")
+    return tuple(notes)
 
 
 def _backend(name: str, options: EngineOptions, config: DecoderConfig, device: torch.device) -> Backend:
     if name == "torch":
         return TorchBackend()
+    if device.type == "cpu":
+        _check_interpreter(options.dtype)
     try:
         from testbed.engine.backends.triton_backend import TritonBackend
     except ImportError as error:
@@ -109,15 +117,30 @@ def _backend(name: str, options: EngineOptions, config: DecoderConfig, device: t
     return TritonBackend(options.max_running_requests, spec.heads, spec.kv_heads, spec.head_dim, device)
 
 
-def _context_length(options: EngineOptions, config: DecoderConfig) -> int:
-    wanted = options.context_length or min(config.spec.max_positions, config.context_limit)
-    if wanted > config.context_limit:
+def _check_interpreter(dtype: str) -> None:
+    """On a CPU, Triton's kernels run in its interpreter or not at all; in bfloat16 it computes garbage."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        remedy = "attention: auto, or torch; with TRITON_INTERPRET=1 in the environment they are interpreted, slowly"
+        raise InputError("Triton's kernels need CUDA, and this is a CPU", where="engine.attention", remedy=remedy)
+    if dtype == "bfloat16":
+        message = "Triton's interpreter cannot compute in bfloat16"
+        raise InputError(message, where="engine.dtype", remedy="dtype: float32, or attention: torch")
+
+
+def _kv_tokens(options: EngineOptions, config: DecoderConfig, context_length: int, device: torch.device) -> int:
+    """Tokens of KV: what the scenario says, or what fits. A GPU refuses what it does not hold; a CPU's system promises
+    it and kills the process later, so what is promised is counted here."""
+    if options.kv_tokens is None:
+        return _kv_capacity(options, config, context_length, device)
+    token_bytes = config.spec.kv_bytes_per_token(options.dtype)
+    needed, free = options.kv_tokens * token_bytes, int(options.mem_fraction * free_bytes())
+    if device.type == "cpu" and needed > free:
         raise InputError(
-            f"{config.spec.name} attends to a window of {config.context_limit} tokens, less than contexts of {wanted}",
-            where="engine.context_length",
-            remedy=f"at most {config.context_limit}: within the window attention is full",
+            f"keys and values of {options.kv_tokens:,} tokens take {needed / 1e9:,.1f} GB of {free / 1e9:,.1f} GB",
+            where="engine.kv_tokens",
+            remedy=f"at most {free // token_bytes:,}",
         )
-    return wanted
+    return options.kv_tokens
 
 
 def _kv_capacity(options: EngineOptions, config: DecoderConfig, context_length: int, device: torch.device) -> int:
@@ -129,7 +152,7 @@ def _kv_capacity(options: EngineOptions, config: DecoderConfig, context_length: 
         free, total = torch.cuda.mem_get_info(device)
         room = int(free - (1 - options.mem_fraction) * total)
     else:
-        room = CPU_KV_BYTES
+        room = min(CPU_KV_BYTES, int(options.mem_fraction * free_bytes()))
     tokens = min(room // token_bytes, most)
     if tokens < options.page_size:
         left = f"{max(room, 0) / 1e9:.2f} GB are left beside the weights"
@@ -139,11 +162,3 @@ def _kv_capacity(options: EngineOptions, config: DecoderConfig, context_length: 
             remedy="raise it, choose a smaller model, or a smaller dtype",
         )
     return int(tokens)
-
-
-def _out_of_memory(error: BaseException) -> InputError:
-    return InputError(
-        f"out of device memory: {str(error).splitlines()[0]}",
-        where="engine.mem_fraction_static",
-        remedy="lower it (or engine.kv_tokens, engine.chunked_prefill_size), or choose a smaller model",
-    )

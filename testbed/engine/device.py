@@ -5,6 +5,10 @@
 
 from __future__ import annotations
 
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -65,18 +69,38 @@ def open_device(options: EngineOptions, *, in_process: bool | None = None) -> De
     ``in_process``: None: CUDA is, a CPU is not, because torch would compete with the loop for the interpreter.
     Raises InputError for a model that cannot be run, a broken checkpoint, too little memory, or a missing torch.
     """
-    try:
+    with needs_installing():
         import torch
-    except ImportError as error:
-        remedy = "pip install 'testbed[engine]' (CPU) or 'testbed[gpu]'"
-        raise InputError("a real run needs torch, which is not installed", where="run", remedy=remedy) from error
     cuda = torch.cuda.is_available()
     if in_process is None:
         in_process = cuda
     if not in_process:
-        from testbed.engine.process import ProcessDevice
-
+        with needs_installing():
+            from testbed.engine.process import ProcessDevice
         return ProcessDevice(options)
-    from testbed.engine.build import LocalDevice, build_runner
-
+    with needs_installing():
+        from testbed.engine.build import LocalDevice, build_runner
     return LocalDevice(build_runner(options, torch.device("cuda" if cuda else "cpu")))
+
+
+@contextmanager
+def needs_installing() -> Iterator[None]:
+    """An import that fails in this block is an InputError: what the engine stands on is optional."""
+    try:
+        yield
+    except (ImportError, OSError) as error:
+        reason = f"cannot be loaded: {error}"
+        if isinstance(error, ModuleNotFoundError):
+            reason = f"is incomplete: {error.name} is not installed"
+        remedy = "pip install 'testbed[engine]' (CPU) or 'testbed[gpu]'"
+        raise InputError(f"the engine {reason}", where="run", remedy=remedy) from error
+
+
+def processor_name() -> str:
+    """The name of this machine's CPU, as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

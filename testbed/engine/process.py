@@ -4,6 +4,7 @@ interpreter, and what is measured would be the contention."""
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -20,8 +21,8 @@ from testbed.engine.inputs import StepInputs, StepOutputs
 from testbed.engine.options import EngineOptions
 from testbed.scenario.errors import InputError
 
-GOODBYE_S = 5.0
-"""How long a worker may take to end."""
+DYING_S = 5.0
+"""How long a worker may take to end once its socket is closed."""
 
 
 class ProcessDevice:
@@ -32,14 +33,13 @@ class ProcessDevice:
         ours, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-m", "testbed.engine.worker", str(theirs.fileno())]
-            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+            # A process group of its own: Ctrl-C is the parent's to answer.
+            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], process_group=0)
         self._connection = Connection(ours.detach())
         cores = len(os.sched_getaffinity(0))
         try:
             self._send(wire.Start(options, max(1, cores - 1)))
             answer = self._receive()
-            if isinstance(answer, wire.Refused):
-                raise InputError(answer.message, where=answer.where, remedy=answer.remedy)
         except BaseException:
             self.close()
             raise
@@ -72,25 +72,25 @@ class ProcessDevice:
             answer = wire.receive_from_worker(self._connection)
         except (EOFError, OSError) as error:
             raise self._lost() from error
+        if isinstance(answer, wire.Refused):
+            raise InputError(answer.message, where=answer.where, remedy=answer.remedy)
         if isinstance(answer, wire.Failed):
-            raise RuntimeError(f"the worker process failed: {answer.message}")
+            failure = RuntimeError(f"the worker process failed: {answer.message}")
+            failure.add_note(answer.details)
+            raise failure
         return answer
 
     def _lost(self) -> DeviceLost:
         try:
-            status = str(self._process.wait(GOODBYE_S))
+            return DeviceLost(f"its process (a CPU worker) {_ending(self._process.wait(DYING_S))}")
         except subprocess.TimeoutExpired:
-            status = "unknown: it still runs"
-        return DeviceLost(f"its process (a CPU worker) ended with status {status}")
+            return DeviceLost("its process (a CPU worker) answers no more")
 
     def close(self) -> None:
-        """End the worker; a second call has no effect."""
+        """End the worker, whatever it does: it holds nothing that could be lost. A second call has no effect."""
         self._connection.close()
-        try:
-            self._process.wait(GOODBYE_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._process.kill()
+        self._process.wait()
 
     def __enter__(self) -> Self:
         return self
@@ -99,6 +99,16 @@ class ProcessDevice:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _ending(status: int) -> str:
+    """In words, how a process with this return code ended."""
+    if status >= 0:
+        return f"ended with status {status}"
+    try:
+        return f"was killed by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"was killed by signal {-status}"
 
 
 class _Launched:

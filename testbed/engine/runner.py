@@ -23,6 +23,7 @@ from torch import Tensor
 
 from testbed.batch import largest_captured
 from testbed.engine.backends.base import AttentionPlan, Backend, DecodeRows, ExtendRows
+from testbed.engine.faults import device_errors
 from testbed.engine.graphs import DecodeGraphs
 from testbed.engine.inputs import ARRAYS, SamplingNeeds, StepInputs, StepOutputs
 from testbed.engine.kv_cache import KvCache, TokenRelay
@@ -86,7 +87,7 @@ class ModelRunner:
         """Queue a step; on CUDA, returns before it is computed."""
         staged = dict(zip(ARRAYS, self._queue.stage(inputs.arrays()), strict=True))
         step = RunningStep(self, inputs, staged)
-        with self._queue.computing():
+        with device_errors(), self._queue.computing():
             self._queue.begin()
             if len(inputs.places):
                 self._table.view(-1)[staged["places"]] = staged["pages"]
@@ -158,7 +159,7 @@ class ModelRunner:
     def sample(self, step: RunningStep, bitmask: NDArray[np.int32] | None) -> None:
         """The second phase: draw, leave the tokens in the relay, send them to the host."""
         inputs, staged = step.inputs, step.staged
-        with self._queue.computing():
+        with device_errors(), self._queue.computing():
             if inputs.sampling:
                 self._sampler.update(inputs.sampling)
             slots, positions, host_slots = self._rows(inputs, staged)
@@ -242,7 +243,8 @@ class RunningStep:
     def wait(self) -> StepOutputs:
         """Block until the step is done."""
         assert self.ticket is not None, "the step's tokens were not sampled"
-        begin_ns, end_ns = self.ticket.wait()
+        with device_errors():
+            begin_ns, end_ns = self.ticket.wait()
         arrays = [tensor.numpy() for tensor in self.fetched]
         outputs = StepOutputs(self.inputs.index, arrays[0], begin_ns, end_ns, self.graph)
         if self.has_logprobs:

@@ -39,7 +39,7 @@ class Ready(msgspec.Struct, tag=True):
 
 
 class Refused(msgspec.Struct, tag=True):
-    """Worker: an InputError."""
+    """Worker: an InputError; it ends."""
 
     message: str
     where: str
@@ -56,6 +56,8 @@ class Failed(msgspec.Struct, tag=True):
     """Worker: a defect; it ends."""
 
     message: str
+    details: str
+    """The traceback."""
 
 
 FromParent = Start | Launch | Sample

@@ -7,6 +7,8 @@ from collections import deque
 import numpy as np
 from numpy.typing import NDArray
 
+from testbed.scenario.errors import InputError
+
 Pages = NDArray[np.int32]
 
 
@@ -22,10 +24,13 @@ class PageAllocator:
     """
 
     def __init__(self, capacity_tokens: int, page_size: int) -> None:
-        """``capacity_tokens`` is floored to whole pages."""
+        """``capacity_tokens`` is floored to whole pages. Raises InputError for more pages than ids have numbers."""
         self.page_size = page_size
         self.num_pages = capacity_tokens // page_size
         self.capacity_tokens = self.num_pages * page_size
+        if self.num_pages > np.iinfo(np.int32).max:
+            message = f"{self.num_pages:,} pages are more than page ids can number"
+            raise InputError(message, where="engine.kv_tokens", remedy="lower it, or raise engine.page_size")
         self._stack: Pages = np.empty(self.num_pages, dtype=np.int32)
         self._quarantine: deque[tuple[int, Pages]] = deque()
         self.clear()

@@ -38,8 +38,9 @@ class Run:
 
     ``meta`` says what the records cannot. Keys that are read here, all optional: ``label`` (simulated, paced, real),
     ``model``, ``device``, ``host`` (names of the profiles), ``kv_tokens`` (KV capacity of one replica), ``peak_flops``
-    and ``peak_bytes_per_s`` (of one replica), ``notes`` (list of str: what is guessed or unmeasured), and
-    ``provenance``, a dict of its own for what differs between equal runs (command, versions, date, machine).
+    and ``peak_bytes_per_s`` (of one replica), ``notes`` (list of str: what is guessed or unmeasured), ``interrupted``
+    (somebody ended the run before its workload had), and ``provenance``, a dict of its own for what differs between
+    equal runs (command, versions, date, machine).
     """
 
     scenario: dict[str, Any]

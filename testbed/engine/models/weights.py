@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from testbed.engine.backends.base import Backend, Rotary
+from testbed.engine.faults import free_bytes, is_out_of_memory
 from testbed.engine.models.config import DecoderConfig, load_decoder_config
 from testbed.engine.models.decoder import Decoder, DecoderWeights, LayerWeights
 from testbed.engine.models.rotary import cos_sin_table
@@ -228,14 +229,16 @@ def _checked(file: Path, tensors: Any, places: Mapping[str, Tensor], tied: bool)
 
 @contextmanager
 def _memory_for(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Too little memory, told beforehand on a CPU: there it is promised first, and its lack kills the process later."""
+    name = str(dtype).removeprefix("torch.")
+    needed = config.spec.weight_bytes(name)
+    message = f"the weights of {config.spec.name} in {name} take {needed / 1e9:,.2f} GB: more than {device} has free"
+    remedy = "a smaller model (testbed model init makes one) or dtype, or a larger device"
+    if device.type == "cpu" and needed > free_bytes():
+        raise InputError(message, where="model", remedy=remedy)
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # On a CPU, torch says it in words only.
-        known = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-        if not known:
+        if not is_out_of_memory(error):
             raise
-        name = str(dtype).removeprefix("torch.")
-        needed = config.spec.weight_bytes(name)
-        message = f"the weights of {config.spec.name} in {name} take {needed:,} bytes: more than {device} has free"
-        raise InputError(message, where="model", remedy="a smaller model or dtype, or a larger device") from error
+        raise InputError(message, where="model", remedy=remedy) from error
