@@ -86,6 +86,7 @@ def test_reference_is_softmax(
 )  # fmt: skip
 @example(1, [(0, 1)], 1, 1, 16, 1, torch.float32, NARROW)
 @example(2, [(64, 64), (0, 128), (16, 1)], 2, 4, 32, 16, torch.float32, NARROW)  # tiles end where lengths do
+@example(3, [(0, 40)], 1, 5, 16, 16, torch.float32, Tile(16, 16, 1, 4))  # a program's last token alone begins a tile
 def test_kernel_is_the_reference(
     device: str, seed: int, lengths: Lengths, kv_heads: int, group: int, head_dim: int, page_size: int,
     dtype: torch.dtype, tile: Tile | None,
