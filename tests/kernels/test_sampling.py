@@ -187,8 +187,8 @@ def _gumbel_kernel(bits_ptr, out_ptr, BLOCK: tl.constexpr):
 
 def test_noise_is_finite_and_exact(device: str) -> None:
     """At the ends, around the place where the series takes over, and in between."""
-    words = [0, 1, 2, 2**24 - 1, 2**24, 2**24 + 1, 2**31, 2**32 - 129, 2**32 - 2, 2**32 - 1]
-    words += [int(word) for word in torch.randint(0, 2**32, (54,), generator=torch.Generator().manual_seed(0))]
+    words = [0, 1, 2, 2**20, 2**23, 2**24 - 9, 2**24, 2**24 + 1, 2**31, 2**32 - 129, 2**32 - 2, 2**32 - 1]
+    words += [int(word) for word in torch.randint(0, 2**32, (52,), generator=torch.Generator().manual_seed(0))]
     bits = torch.tensor(words, device=device)
     fused = torch.empty(len(words), device=device)
     _gumbel_kernel[(1,)](bits, fused, BLOCK=len(words))
@@ -239,8 +239,9 @@ def test_kernels_draw_as_their_reference(
 
 
 def test_kernels_draw_as_their_reference_in_large_vocabularies(device: str) -> None:
-    """Several blocks a row, strided rows, the last block not full; greedy rows between the others."""
-    rows = [(1.0, 9000, 1.0, 0.0), (0.7, 50, 1.0, 0.0), (0.0, 1, 1.0, 0.0), (1.3, 9000, 0.8, 0.01)] * 2
+    """Several blocks a row, strided rows, the last block not full; greedy rows between the others; rows that leave no
+    token in most blocks, though a high temperature would favour those."""
+    rows = [(1.0, 9000, 1.0, 0.0), (0.0, 1, 1.0, 0.0), (1.3, 9000, 0.8, 0.01), *[(50.0, 2, 1.0, 0.0)] * 5]
     buffer = 3 * torch.randn(len(rows), 9011, generator=torch.Generator().manual_seed(3)).to(device)
     logits, slots, positions = buffer[:, :9001], int32(range(len(rows)), device), int32(range(5, 13), device)
     columns = columns_of(rows, device)
