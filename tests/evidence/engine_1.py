@@ -15,10 +15,11 @@ import transformers
 
 from tests.engine.against_transformers import (
     MARGIN,
-    MOST_CLOSE,
+    MOST_EXCUSED,
     TOLERANCE,
     Comparison,
     Held,
+    Tally,
     all_settings,
     hold_family,
 )
@@ -45,12 +46,11 @@ def check(smoke: bool) -> Evidence:
     problems += [f"{family}, {one.setting}: {line}" for family, one in every for line in one.comparison.wrong]
     failed = sum(not one.comparison.holds for _, one in every)
     evidence = Evidence(
-        figure=f"{total.tokens} tokens of {len(every)} runs ({requests} prompts a family): {failed} runs differ, "
-        f"{total.excused} tokens excused; largest error of logits {total.logits_error:.1e} ({total.rows} rows), "
-        f"of log-probabilities {total.logprobs_error:.1e} ({total.logprobs})",
-        bar=f"none differs; errors at most {TOLERANCE:.0e}; a token is excused only where the reference's two best "
-        f"logits are less than {MARGIN:.0e} apart, at most {MOST_CLOSE:.0%} of the tokens; every run goes through what "
-        "its setting asks for",
+        figure=f"{total.tokens.compared} tokens in {len(every)} runs ({requests} prompts a family): {failed} runs "
+        f"differ; largest error of logits {total.logits.error:.1e}, of log-probabilities {total.logprobs.error:.1e}",
+        bar=f"none differs; errors at most {TOLERANCE:.0e}; what is excused follows a close call (the reference's two "
+        f"best logits, or the experts at the edge of the chosen, are less than {MARGIN:.0e} apart) and is at most "
+        f"{MOST_EXCUSED:.0%}; every run goes through what its setting asks for",
         passed=not failed and not problems,
         details=(*problems, *(line_of(family, found) for family, found in held.items()), "", *ways(held), "", basis()),
     )
@@ -71,10 +71,14 @@ def line_of(family: str, held: list[Held]) -> str:
     """A family's figures over its settings."""
     found = sum_of(held)
     return (
-        f"{family}: {found.tokens} tokens, {found.close} close calls, {found.excused} excused; "
-        f"logits {found.logits_error:.1e} over {found.rows} rows, log-probabilities {found.logprobs_error:.1e} over "
-        f"{found.logprobs}"
+        f"{family}: tokens {counts(found.tokens)}, {found.close} close calls; logits {counts(found.logits)}, error "
+        f"{found.logits.error:.1e}; log-probabilities {counts(found.logprobs)}, error {found.logprobs.error:.1e}"
     )
+
+
+def counts(tally: Tally) -> str:
+    """How many, and how many of them were excused."""
+    return f"{tally.compared} ({tally.excused} excused)"
 
 
 def ways(held: dict[str, list[Held]]) -> list[str]:
