@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import shlex
+import signal
 import sys
 import tempfile
 import traceback
@@ -56,7 +57,9 @@ app.add_typer(trace.app, name="trace")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and end the process with its exit status."""
-    raise SystemExit(invoke(sys.argv[1:] if arguments is None else arguments))
+    status = invoke(sys.argv[1:] if arguments is None else arguments)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to interrupt
+    raise SystemExit(status)
 
 
 def invoke(arguments: Sequence[str]) -> int:

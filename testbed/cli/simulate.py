@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -117,13 +118,18 @@ def _interruptible(folder: Path | None) -> Iterator[None]:
 
 
 def _save(run: Any, folder: Path) -> None:
-    """Save the run; also one without figures is told where it lies."""
+    """Save the run, or nothing of it; also one without figures is told where it lies."""
     from testbed.metrics.window import EmptyWindow
 
     try:
         run.save(folder)
     except EmptyWindow:
         print(f"run: {folder}", flush=True)
+        if run.meta.get("interrupted"):
+            raise KeyboardInterrupt from None
+        raise
+    except BaseException:  # Ctrl-C, a full disk
+        shutil.rmtree(folder)
         raise
 
 

@@ -153,10 +153,14 @@ def find_config(name_or_path: str | Path) -> Path:
     if Path(name).name == name and preset.is_file():
         return preset
     path = Path(name).expanduser()
-    if path.is_dir():
+    is_folder = path.is_dir()
+    if is_folder:
         path = path / "config.json"
     if path.is_file():
         return path
+    if is_folder:
+        message = f"the folder {name} has no config.json"
+        raise InputError(message, where="model", remedy="name a model folder in Hugging Face form")
     known = model_presets()
     close = get_close_matches(name.lower(), known, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
