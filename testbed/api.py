@@ -31,7 +31,7 @@ from testbed.costs import (
     load_host,
 )
 from testbed.engine.builder import InputBuilder
-from testbed.engine.device import open_device, processor_name
+from testbed.engine.device import Device, open_device, processor_name
 from testbed.engine.models.config import load_decoder_config
 from testbed.engine.options import DeviceInfo, EngineOptions
 from testbed.loops.base import LoopContext
@@ -189,16 +189,24 @@ def execute(
         engine = build_engine(chosen, checks=checks)
         return _execute(engine, lambda clock: PacedDevice(clock, engine.cost_model, engine.oracle), "paced", progress)
     with open_device(check_real(chosen)) as device:
-        engine = build_engine(chosen, checks=checks, real=device.info)
-        builder = InputBuilder(
-            engine.scheduler.memory.slots, chosen.engine.page_size, device.info.table_width, chosen.seed
-        )
-        forced, priced = chosen.tokens == "oracle", engine.cost_model if chosen.host_inject else None
+        return execute_on(device, chosen, progress=progress, checks=checks)
 
-        def real(clock: wall.WallClock) -> RealDevice:
-            return RealDevice(clock, device, builder, engine.oracle, forced=forced, cost_model=priced)
 
-        return _execute(engine, real, "real", progress, device.info)
+def execute_on(
+    device: Device, scenario: Scenario, *, progress: Progress | None = None, checks: Checks = "delta"
+) -> Run:
+    """As ``execute``, on a device that is open already: one that was opened with ``check_real(scenario)``, or with
+    that of a scenario which differs in loop, batching, policy or workload only."""
+    engine = build_engine(scenario, checks=checks, real=device.info)
+    builder = InputBuilder(
+        engine.scheduler.memory.slots, scenario.engine.page_size, device.info.table_width, scenario.seed
+    )
+    forced, priced = scenario.tokens == "oracle", engine.cost_model if scenario.host_inject else None
+
+    def real(clock: wall.WallClock) -> RealDevice:
+        return RealDevice(clock, device, builder, engine.oracle, forced=forced, cost_model=priced)
+
+    return _execute(engine, real, "real", progress, device.info)
 
 
 def _execute(

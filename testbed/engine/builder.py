@@ -25,8 +25,8 @@ class InputBuilder:
         self._width = table_width
         self._seed = seed
         self._spare = slots.count
-        self._told: list[SamplingParams] = [DEFAULT_SAMPLING] * slots.count
-        """What the device believes of each slot."""
+        self._told: list[SamplingParams | None] = [None] * slots.count
+        """What the device was told of each slot; None: nothing by this builder, but perhaps by one before it."""
         self._rows: Sequence[Request] | None = None
         self._decode_slots = NONE
         self._first_places = NONE
@@ -74,7 +74,7 @@ class InputBuilder:
             inputs.prompt_targets = _joined([_targets(prefill) for prefill in prefills])
 
     def _tell(self, inputs: StepInputs, request: Request) -> None:
-        """How the request now in this slot is sampled, unless the device knows: most are greedy, as is a fresh slot."""
+        """How the request now in this slot is sampled, unless the device knows: most are greedy, as was the last."""
         params = request.sampling
         if params == DEFAULT_SAMPLING and self._told[request.slot] == DEFAULT_SAMPLING:
             return

@@ -39,10 +39,10 @@ PROMPT_LOGITS_ROWS = 512
 WARM_NEEDS = (
     SamplingNeeds(greedy=False),
     SamplingNeeds(greedy=False, filters=True),
-    SamplingNeeds(greedy=False, filters=True, penalties=True, bias=True, min_new_tokens=True),
     SamplingNeeds(logprobs=True, top_logprobs=1),
 )
-"""Ways of sampling whose kernels a run may need in its middle."""
+"""Ways of sampling whose kernels a run may need in its middle; not penalties, whose counts take memory from the first
+request on that wants them."""
 
 
 class ModelRunner:

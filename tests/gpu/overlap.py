@@ -15,14 +15,10 @@ import numpy as np
 import torch
 
 from testbed import load_scenario
-from testbed.api import _execute, build_engine, engine_options
-from testbed.engine.builder import InputBuilder
+from testbed.api import engine_options, execute_on
 from testbed.engine.device import Device, open_device
 from testbed.metrics.run import Run
 from testbed.ports import Stage
-from testbed.runtime.real import RealDevice
-from testbed.runtime.wall import WallClock
-from testbed.scenario.schema import Scenario
 from tests.gpu.setting import PAGE_SIZE, Row, is_gpu, shape_of
 
 PRESETS = ("qwen3-0.6b", "llama-3.1-8b")
@@ -102,22 +98,10 @@ def _scenario(model: str, size: Size, loop: str, host: str | None) -> dict[str, 
 
 
 def _run(opened: Device, scenario: dict[str, Any], rows: int) -> Timed:
-    run = _execute_on(opened, load_scenario(scenario).scenario)
+    run = execute_on(opened, load_scenario(scenario).scenario)
     times = run.records.token_times_ns
     seconds = float(times.max() - run.requests["arrival_ns"].min()) / 1e9
     return Timed(len(times) / seconds, *_step_times(run, rows))
-
-
-def _execute_on(opened: Device, scenario: Scenario) -> Run:
-    """As ``testbed.execute``, on a device that is open already: a model is loaded once, not for every run."""
-    engine = build_engine(scenario, real=opened.info)
-    builder = InputBuilder(engine.scheduler.memory.slots, PAGE_SIZE, opened.info.table_width, scenario.seed)
-    cost_model = engine.cost_model if scenario.host_inject else None
-
-    def real(clock: WallClock) -> RealDevice:
-        return RealDevice(clock, opened, builder, engine.oracle, forced=False, cost_model=cost_model)
-
-    return _execute(engine, real, "real", None, opened.info)
 
 
 def _step_times(run: Run, rows: int) -> tuple[float, float]:
