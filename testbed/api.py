@@ -177,15 +177,17 @@ def execute(
     progress: Progress | None = None,
     checks: Checks = "delta",
 ) -> Run:
-    """Run a scenario on the wall clock, in this thread: on this machine's device (CUDA, else the CPU). ``paced``: the
-    device is the cost model, taking its time for real. The host is this machine, or what ``host_inject`` names where
-    that is slower.
+    """Run a scenario on the executor that it names: this machine's device (CUDA, else the CPU); with ``paced``, here or
+    there, the cost model taking its time for real; or in virtual time as ``simulate``. On the wall clock the loop runs
+    in this thread, and the host is this machine, or what ``host_inject`` names where that is slower.
 
     Ctrl-C ends the run; what is returned then holds the records so far. Raises InputError for what cannot run,
     DeviceLost when the device stops answering.
     """
     chosen = _one(scenario, seed)
-    if paced:
+    if chosen.executor == "simulated" and not paced:
+        return simulate(chosen, progress=progress, checks=checks)
+    if paced or chosen.executor == "paced":
         engine = build_engine(chosen, checks=checks)
         return _execute(engine, lambda clock: PacedDevice(clock, engine.cost_model, engine.oracle), "paced", progress)
     with open_device(check_real(chosen)) as device:

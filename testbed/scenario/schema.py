@@ -157,6 +157,9 @@ class Scenario(Model):
     slo: Slo = Slo()
     percentiles: tuple[Annotated[float, Field(gt=0, lt=100)], ...] = (50, 90, 95, 99)
     tokens: Literal["model", "oracle"] = "model"
+    executor: Literal["real", "paced", "simulated"] = "real"
+    """What ``testbed run`` runs it on: this machine's device, or the cost model in real or in virtual time. ``testbed
+    simulate`` is always simulated."""
     host_inject: str | None = None
     seed: NonNegativeInt = 0
     compare: dict[str, dict[str, Any]] | None = None
