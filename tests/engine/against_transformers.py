@@ -1,15 +1,15 @@
 """The whole engine against ``transformers``: one set of random prompts, once through its ``generate``, then through
 scheduler, loop and device under every row of a covering array.
 
-Compared are every output token, the raw logits of every row of every step that draws a token, and the log-
-probabilities that requests ask for. Weights have a deviation of 0.3, so logits have one of 2.4.
+Compared are every output token, the raw logits of every row of every step that draws a token, and the log-probabilities
+that requests ask for. Weights have a deviation of 0.3, so logits have one of 2.4.
 
 Margin rule: a choice between two numbers that the reference has less than ``MARGIN`` apart is a close call. It is the
 token, between the two best logits; and with a router of experts, between the last expert that is taken and the first
 that is not. What a close call changes is excused, and counted: the token itself, after which the request's context is
 another one and is not compared; the logits at and after the position that is routed. A difference without a close call
 is a failure. At full size one position of Mixtral needs it: its experts are 6e-8 apart in the reference and 1e-5 in
-float64, where the other one is taken, as the engine does.
+float64, where the other one is taken, as in all but one of our runs.
 """
 
 from __future__ import annotations
