@@ -12,11 +12,13 @@ import torch
 from testbed.engine.device import DeviceLost
 from testbed.scenario.errors import InputError
 
+MEMINFO = Path("/proc/meminfo")
+
 
 def free_bytes() -> int:
     """Memory of this machine that can be taken without swapping; all there is, where the system does not tell."""
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        lines = MEMINFO.read_text(encoding="ascii").splitlines()
     except OSError:
         lines = []
     for name, _, value in (line.partition(":") for line in lines):

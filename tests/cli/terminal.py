@@ -47,9 +47,21 @@ class Command:
         )
         os.close(theirs)
         self._shown = ""
+        self.workers_seen: set[int] = set()
+        """Every child process that was seen while waiting."""
+
+    def _children(self) -> set[int]:
+        file = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
+        try:
+            found = {int(pid) for pid in file.read_text().split()}
+        except (FileNotFoundError, ProcessLookupError):
+            found = set()
+        self.workers_seen |= found
+        return found
 
     def _look(self) -> None:
-        """Take up what the terminal shows; waits a moment for more."""
+        """Take up what the terminal shows, and the children; waits a moment for more."""
+        self._children()
         if select.select([self._terminal], [], [], 0.05)[0]:
             try:
                 self._shown += os.read(self._terminal, 1 << 16).decode()
@@ -73,10 +85,9 @@ class Command:
 
     def worker(self) -> int:
         """The id of its worker process, as soon as there is one."""
-        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
-        self._until(lambda: bool(children.read_text().split()), "a worker process")
-        (pid,) = children.read_text().split()
-        return int(pid)
+        self._until(lambda: bool(self._children()), "a worker process")
+        (pid,) = self._children()
+        return pid
 
     def interrupt(self) -> None:
         """Ctrl-C."""

@@ -133,3 +133,13 @@ FAILURES = (
     failure("KV beyond the memory", "", "keys and values of 1,000,000,000,000 tokens take", "at most", nothing, "engine.kv_tokens=1000000000000"),
     failure("KV of less than a page", "scenario.yaml:4:10: engine.kv_tokens", "512 tokens are less than one page of 1024", "use 1024 or more", nothing, "engine.page_size=1024"),
 )  # fmt: skip
+
+LOST = failure(
+    "worker killed",
+    "run",
+    "the device is lost: its process (a CPU worker) was killed by SIGKILL",
+    "start the run again",
+    nothing,
+    "workload.count=50000",
+)
+"""A run that is long enough to lose its worker."""
