@@ -45,6 +45,9 @@ from tests.properties.world import Outcome, Script, drained, ended_once, engine,
 
 TOLERANCE = 1e-4
 """Absolute, of logits and log-probabilities (float32)."""
+PORTABLE = 2 * TOLERANCE
+"""What ``holds`` asks for, so that a test does not hang on the order in which a CPU's library adds: against float64,
+transformers' own float32 is wrong by up to 1.2e-4 here (Mixtral). The evidence at full size asks for TOLERANCE."""
 MARGIN = 2 * TOLERANCE
 """Two logits that are each right to the tolerance change places only when they are closer than this."""
 MOST_EXCUSED = 0.01
@@ -391,7 +394,7 @@ class Tally:
     @property
     def holds(self) -> bool:
         """Within the tolerance, and few excused."""
-        return self.error <= TOLERANCE and self.excused <= MOST_EXCUSED * self.compared
+        return self.error <= PORTABLE and self.excused <= MOST_EXCUSED * self.compared
 
 
 @dataclass

@@ -16,6 +16,7 @@ import transformers
 from tests.engine.against_transformers import (
     MARGIN,
     MOST_EXCUSED,
+    PORTABLE,
     TOLERANCE,
     Comparison,
     Held,
@@ -45,13 +46,15 @@ def check(smoke: bool) -> Evidence:
     problems = [f"{family}: {line}" for family, one in every for line in one.happened.lacking(one.setting, requests)]
     problems += [f"{family}, {one.setting}: {line}" for family, one in every for line in one.comparison.wrong]
     failed = sum(not one.comparison.holds for _, one in every)
+    tolerance = PORTABLE if smoke else TOLERANCE
+    error = max(total.logits.error, total.logprobs.error)
     evidence = Evidence(
         figure=f"{total.tokens.compared} tokens in {len(every)} runs ({requests} prompts a family): {failed} runs "
         f"differ; largest error of logits {total.logits.error:.1e}, of log-probabilities {total.logprobs.error:.1e}",
-        bar=f"none differs; errors at most {TOLERANCE:.0e}; what is excused follows a close call (the reference's two "
+        bar=f"none differs; errors at most {tolerance:.0e}; what is excused follows a close call (the reference's two "
         f"best logits, or the experts at the edge of the chosen, are less than {MARGIN:.0e} apart) and is at most "
         f"{MOST_EXCUSED:.0%}; every run goes through what its setting asks for",
-        passed=not failed and not problems,
+        passed=not failed and not problems and error <= tolerance,
         details=(*problems, *(line_of(family, found) for family, found in held.items()), "", *ways(held), "", basis()),
     )
     if not smoke:
