@@ -36,6 +36,7 @@ class ProcessDevice:
             # A process group of its own: Ctrl-C is the parent's to answer.
             self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], process_group=0)
         self._connection = Connection(ours.detach())
+        self._launches = 0
         cores = len(os.sched_getaffinity(0))
         try:
             self._send(wire.Start(options, max(1, cores - 1)))
@@ -48,24 +49,29 @@ class ProcessDevice:
 
     def launch(self, inputs: StepInputs) -> _Launched:
         """See device.Device."""
-        self._send(wire.Launch(inputs))
-        return _Launched(self, inputs.index)
+        self._launches += 1
+        self._send(wire.Launch(self._launches, inputs))
+        return _Launched(self, self._launches)
 
     def sample(self, bitmask: NDArray[np.int32] | None) -> None:
         """Second phase of the last launch."""
         self._send(wire.Sample(bitmask))
 
-    def result(self, index: int) -> StepOutputs:
-        """The outputs of launch ``index``, the oldest that was not asked for."""
-        answer = self._receive()
-        assert isinstance(answer, wire.Done) and answer.outputs.index == index, "results come in launch order"
-        return answer.outputs
+    def result(self, launch: int) -> StepOutputs:
+        """The outputs of a launch; those of launches before it that nobody asked for (a run was interrupted) are
+        passed over."""
+        while True:
+            answer = self._receive()
+            assert isinstance(answer, wire.Done) and answer.launch <= launch, "results come in launch order"
+            if answer.launch == launch:
+                return answer.outputs
 
     def _send(self, message: wire.FromParent) -> None:
         try:
             wire.send(self._connection, message)
-        except OSError as error:
-            raise self._lost() from error
+        except OSError:
+            while True:  # behind the results that are still to be read it may have said why it ended
+                self._receive()
 
     def _receive(self) -> wire.FromWorker:
         try:
@@ -112,14 +118,14 @@ def _ending(status: int) -> str:
 
 
 class _Launched:
-    __slots__ = ("_device", "_index")
+    __slots__ = ("_device", "_number")
 
-    def __init__(self, device: ProcessDevice, index: int) -> None:
+    def __init__(self, device: ProcessDevice, number: int) -> None:
         self._device = device
-        self._index = index
+        self._number = number
 
     def sample(self, bitmask: NDArray[np.int32] | None) -> None:
         self._device.sample(bitmask)
 
     def wait(self) -> StepOutputs:
-        return self._device.result(self._index)
+        return self._device.result(self._number)

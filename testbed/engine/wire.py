@@ -23,6 +23,8 @@ class Start(msgspec.Struct, tag=True):
 class Launch(msgspec.Struct, tag=True):
     """Parent: compute this step; without ``defer_sampling`` the answer is Done."""
 
+    number: int
+    """The worker's launches are counted over all runs; steps are counted by each run."""
     inputs: StepInputs
 
 
@@ -49,6 +51,7 @@ class Refused(msgspec.Struct, tag=True):
 class Done(msgspec.Struct, tag=True):
     """Worker: a step's results, in launch order."""
 
+    launch: int
     outputs: StepOutputs
 
 
@@ -86,9 +89,9 @@ def send(connection: Connection, message: FromParent | FromWorker) -> None:
     connection.send_bytes(_encoder.encode(message))
 
 
-def receive_from_parent(connection: Connection) -> FromParent:
-    """Raises EOFError when the parent is gone."""
-    return _from_parent.decode(connection.recv_bytes())
+def from_parent(data: bytes) -> FromParent:
+    """What the parent sent."""
+    return _from_parent.decode(data)
 
 
 def receive_from_worker(connection: Connection) -> FromWorker:

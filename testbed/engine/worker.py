@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from testbed.engine.build import LocalDevice
     from testbed.engine.runner import RunningStep
 
-Messages = queue.SimpleQueue[wire.FromParent]
+Messages = queue.SimpleQueue[bytes]
 
 
 def serve(connection: Connection) -> None:
@@ -31,21 +31,22 @@ def serve(connection: Connection) -> None:
     # seen while a model is loaded.
     messages: Messages = queue.SimpleQueue()
     threading.Thread(target=_read, args=(connection, messages), daemon=True).start()
-    start = messages.get()
+    start = wire.from_parent(messages.get())
     assert isinstance(start, wire.Start)
     device = _open(start)
     wire.send(connection, wire.Ready(device.info))
     step: RunningStep | None = None
+    number = 0
     while True:
-        message = messages.get()
+        message = wire.from_parent(messages.get())
         if isinstance(message, wire.Launch):
-            step = device.launch(message.inputs)
+            number, step = message.number, device.launch(message.inputs)
             if message.inputs.defer_sampling:
                 continue
         else:
             assert isinstance(message, wire.Sample) and step is not None
             step.sample(message.bitmask)
-        wire.send(connection, wire.Done(step.wait()))
+        wire.send(connection, wire.Done(number, step.wait()))
 
 
 def _open(start: wire.Start) -> LocalDevice:
@@ -60,7 +61,7 @@ def _open(start: wire.Start) -> LocalDevice:
 def _read(connection: Connection, messages: Messages) -> None:
     with contextlib.suppress(EOFError, OSError):
         while True:
-            messages.put(wire.receive_from_parent(connection))
+            messages.put(connection.recv_bytes())
     os._exit(0)
 
 

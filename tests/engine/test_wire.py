@@ -53,12 +53,13 @@ def same(left: Any, right: Any) -> bool:
 def test_round_trip(inputs: StepInputs, outputs: StepOutputs, bitmask: Any) -> None:
     parent, worker = Pipe()
     with parent, worker:
-        wire.send(parent, wire.Launch(inputs))
+        wire.send(parent, wire.Launch(2**40, inputs))
         wire.send(parent, wire.Sample(bitmask))
-        launch, sample = wire.receive_from_parent(worker), wire.receive_from_parent(worker)
-        wire.send(worker, wire.Done(outputs))
+        launch, sample = wire.from_parent(worker.recv_bytes()), wire.from_parent(worker.recv_bytes())
+        wire.send(worker, wire.Done(7, outputs))
         done = wire.receive_from_worker(parent)
     assert isinstance(launch, wire.Launch) and isinstance(sample, wire.Sample) and isinstance(done, wire.Done)
+    assert (launch.number, done.launch) == (2**40, 7)
     assert same(asdict(launch.inputs), asdict(inputs))
     assert same(sample.bitmask, bitmask)
     assert same(asdict(done.outputs), asdict(outputs))
