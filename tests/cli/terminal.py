@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 PATIENCE_S = 120.0
-"""No wait is longer: a hang is a failure."""
+"""No wait is longer, where nothing else is said: a hang is a failure."""
 COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -68,8 +68,8 @@ class Command:
             except OSError:  # Linux: nobody has the other side open any more
                 time.sleep(0.05)
 
-    def _until(self, holds: Callable[[], bool], what: str) -> None:
-        late = time.monotonic() + PATIENCE_S
+    def _until(self, holds: Callable[[], bool], what: str, patience_s: float = PATIENCE_S) -> None:
+        late = time.monotonic() + patience_s
         while not holds():
             assert time.monotonic() < late, f"waited in vain for {what}; shown: {self._shown[-1000:]}"
             self._look()
@@ -98,9 +98,9 @@ class Command:
         """Whether it has not ended yet."""
         return self._process.poll() is None
 
-    def ended(self) -> Ended:
+    def ended(self, patience_s: float = PATIENCE_S) -> Ended:
         """Wait for its end."""
-        self._until(lambda: not self.is_running, "the end")
+        self._until(lambda: not self.is_running, "the end", patience_s)
         while select.select([self._terminal], [], [], 0)[0]:
             before = self._shown
             self._look()

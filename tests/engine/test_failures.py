@@ -92,7 +92,8 @@ class TestRefused:
 @pytest.mark.parametrize(("dtype", "status"), [("float32", 0), ("bfloat16", 2)])
 def test_triton_where_it_is_interpreted(dtype: str, status: int, model: Path, tmp_path: Path) -> None:
     laid_out(FAILURES[0]._replace(harm=lambda model: None), model, tmp_path)
-    settings = ("engine.attention=triton", f"engine.dtype={dtype}", "workload.count=1")
+    short = ("workload.count=1", "workload.lengths={prompt_tokens: 2, output_tokens: 1}")
+    settings = ("engine.attention=triton", f"engine.dtype={dtype}", *short)
     asked = [part for setting in settings for part in ("--set", setting)]
     with Command("run", "scenario.yaml", "--no-report", *asked, cwd=tmp_path, environment=INTERPRETED) as command:
         ended = command.ended()
