@@ -1,5 +1,5 @@
-"""Speed of the engine on a CPU: what the host does in a step. As in ``bench_simulate``, nothing passes or fails by time;
-``python -m tests.evidence engine.8`` holds the figure against its bar. Kernels have benchmarks of their own."""
+"""Speed of the engine on a CPU: what the host does in a step. As in ``bench_simulate``, nothing passes or fails by
+time; ``python -m tests.evidence engine.8`` holds the figure against its bar. Kernels have benchmarks of their own."""
 
 from __future__ import annotations
 
