@@ -13,7 +13,7 @@ def keep_logprobs(batch: Batch, found: StepLogprobs) -> None:
         if request.logprobs is not None and request.slot != NEVER and request.finish_reason is None:
             if len(found.prompt):
                 _keep_prompt(request, prefix, found, begin, new_tokens)
-            if last and request.pending_prefills == 1:
+            if last and request.pending_prefills == 1 and request.max_new_tokens:
                 _keep_token(request, row, found)
         begin += new_tokens
     first = len(batch.prefills)

@@ -483,10 +483,10 @@ class Scheduler:
         self.in_flight.pop(0)
         self.stalled = self.idle_checked = False
         ended, self.failed = self.failed, []
-        if result.logprobs is not None:
-            keep_logprobs(batch, result.logprobs)
         if result.invalid:
             self._end_invalid(batch, result, ended)
+        if result.logprobs is not None:
+            keep_logprobs(batch, result.logprobs)
         if batch.prefills:
             self._process_prefills(batch, result, ended)
         if batch.decodes:
@@ -528,7 +528,7 @@ class Scheduler:
                     self._finish(request, FinishReason.STOP, ended)
 
     def _end_invalid(self, batch: Batch, result: StepResult, ended: list[Request]) -> None:
-        """Requests without a token end with an error, before the result is applied: nothing of it is kept."""
+        """Requests without a token end with an error, before anything of the result is kept."""
         first = len(batch.prefills)
         for row in result.invalid:
             if row < first:
@@ -539,6 +539,7 @@ class Scheduler:
                 dropped = not request.in_running
             if request.finish_reason is None and not dropped:
                 self._finish(request, FinishReason.ERROR, ended, "the model's logits leave no token to choose", 500)
+                batch.extra_rows += row >= first
 
     def _finish(
         self, request: Request, reason: FinishReason, ended: list[Request], message: str = "", status: int = 200

@@ -266,8 +266,12 @@ class LogitsDevice(LocalDevice):
         step = super().launch(inputs)
         assert step.logits is not None
         self.logits[inputs.index] = step.logits.clone()
+        self.spoil(inputs, step.logits)
         step.sample(None)
         return step
+
+    def spoil(self, inputs: StepInputs, logits: Tensor) -> None:
+        """For tests of what goes wrong: change the logits that tokens are drawn from."""
 
 
 class Retracting:

@@ -268,3 +268,44 @@ def test_a_forced_token_has_its_own_log_probability(model: Model, top: int) -> N
     assert outputs.logprobs is not None and outputs.logprobs[0] == logprobs[0, 77]
     assert outputs.top_logprobs is not None and outputs.top_logprobs.shape == (1, top)
     np.testing.assert_array_equal(outputs.top_logprobs, logprobs.topk(top).values)
+
+
+def test_a_request_for_no_token_has_no_log_probability_of_one(model: Model) -> None:
+    """It asks what its prompt is worth."""
+    asked = everything(model.reference, range(8), outputs=0)
+    ran = run_ours(model.folder, PLAIN, model.reference, asked)
+    assert compare(ran).holds
+    for output in ran.outcome.outputs.values():
+        assert output.logprobs is not None and len(output.output_ids) == 0
+        assert output.logprobs.tokens == output.logprobs.top == [] and len(output.logprobs.prompt)
+
+
+# -- rows without a token --------------------------------------------------------------------------------------------
+
+
+class Poisoned(LogitsDevice):
+    """Every ninth launch spoils the logits of every third row."""
+
+    @torch.inference_mode()
+    def spoil(self, inputs: StepInputs, logits: torch.Tensor) -> None:
+        if inputs.index % 9 == 3:
+            logits[inputs.index % 3 :: 3] = torch.nan
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("forced", [False, True])
+def test_a_row_without_a_token_ends_with_an_error(model: Model, loop: str, forced: bool) -> None:
+    """Nothing of that step is kept: tokens and log-probabilities are those from before it; nobody else notices."""
+    asked = everything(model.reference, range(32))
+    setting = PLAIN._replace(loop=loop, batching="stall_free", chunked=True, forced=forced)
+    outcome = run_ours(model.folder, setting, model.reference, asked, device_type=Poisoned).outcome
+    reasons = [outcome.outputs[request.rid].finish_reason for request in asked]
+    assert reasons.count("error") > 4 and reasons.count("length") > 4
+    for request in asked:
+        output = outcome.outputs[request.rid]
+        clear = min(int(model.reference.clear[request.number]), len(output.output_ids))
+        assert output.output_ids[:clear].tolist() == model.reference.tokens[request.number, :clear].tolist()
+        assert output.logprobs is not None
+        assert len(output.logprobs.tokens) == len(output.logprobs.top) == len(output.output_ids)
+        assert np.isfinite(output.logprobs.tokens).all()
+        assert (output.status, output.message != "") == ((500, True) if output.finish_reason == "error" else (200, False))
