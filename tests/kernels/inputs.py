@@ -22,24 +22,26 @@ seeds = st.integers(0, 2**32)
 
 
 class Numbers:
-    """Random tensors where the kernels run, normal ones unless said otherwise, one after the other from a seed."""
+    """Random tensors, normal ones unless said otherwise, one after the other from a seed; where the kernels run, unless
+    a test builds its inputs elsewhere."""
 
-    def __init__(self, seed: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, seed: int, dtype: torch.dtype = torch.float32, device: str = DEVICE) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.dtype = dtype
+        self.device = device
 
     def __call__(self, *shape: int, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(*shape, generator=self.generator)).to(DEVICE, self.dtype)
+        return (scale * torch.randn(*shape, generator=self.generator)).to(self.device, self.dtype)
 
     def rows(self, rows: int, width: int, gap: int) -> Tensor:
         """[rows, width], a view of wider rows."""
         return self(rows, width + gap)[:, :width]
 
     def permutation(self, length: int) -> Tensor:
-        return torch.randperm(length, generator=self.generator).to(DEVICE)
+        return torch.randperm(length, generator=self.generator).to(self.device)
 
     def integers(self, end: int, *shape: int) -> Tensor:
-        return torch.randint(end, shape, generator=self.generator).to(DEVICE)
+        return torch.randint(end, shape, generator=self.generator).to(self.device)
 
 
 @contextmanager

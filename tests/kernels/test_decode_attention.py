@@ -35,7 +35,7 @@ class Rows:
         self, seed: int, lengths: list[int], kv_heads: int, group: int, head_dim: int, page_size: int,
         dtype: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
-        numbers = Numbers(seed, dtype)
+        numbers = Numbers(seed, dtype, device="cpu")
         self.paged = Paged(numbers, lengths, kv_heads, head_dim, page_size)
         self.q = numbers.rows(len(lengths), kv_heads * group * head_dim, gap=24).view(len(lengths), -1, head_dim)
         self.seq_lens = torch.tensor(lengths, dtype=torch.int32)

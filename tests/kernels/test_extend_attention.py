@@ -30,7 +30,7 @@ class Rows:
         self, seed: int, lengths: Lengths, kv_heads: int, group: int, head_dim: int, page_size: int,
         dtype: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
-        numbers = Numbers(seed, dtype)
+        numbers = Numbers(seed, dtype, device="cpu")
         self.lengths = lengths
         self.paged = Paged(numbers, [prefix for prefix, _ in lengths], kv_heads, head_dim, page_size)
         ends = torch.tensor([new for _, new in lengths]).cumsum(0).tolist()
