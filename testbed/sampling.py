@@ -8,6 +8,9 @@ from dataclasses import dataclass
 GREEDY_BELOW = 1e-6
 """A temperature below this is greedy (specification H)."""
 
+COUNT_MAX = 2**31 - 1
+"""Numbers of tokens are int32 on the device."""
+
 
 @dataclass(slots=True, frozen=True)
 class SamplingParams:
@@ -56,9 +59,9 @@ class SamplingParams:
             inside = (low <= value if closed else low < value) and value <= high and not math.isinf(value)
             if not inside:
                 return f"{name} is {value}; it must lie in {'[' if closed else '('}{low:g}, {high:g}]"
-        if self.top_k != -1 and self.top_k < 1:
-            return f"top_k is {self.top_k}; it must be -1 (all) or at least 1"
-        if self.min_new_tokens < 0 or (max_new_tokens is not None and self.min_new_tokens > max_new_tokens):
+        if self.top_k != -1 and not 1 <= self.top_k <= COUNT_MAX:
+            return f"top_k is {self.top_k}; it must be -1 (all) or lie in [1, {COUNT_MAX}]"
+        if not 0 <= self.min_new_tokens <= (COUNT_MAX if max_new_tokens is None else min(max_new_tokens, COUNT_MAX)):
             return f"min_new_tokens is {self.min_new_tokens}; it must lie between 0 and max_new_tokens"
         if self.seed is not None and not -(2**63) <= self.seed < 2**64:
             return f"seed is {self.seed}; it must fit into 64 bits"

@@ -7,6 +7,7 @@ import os
 from types import TracebackType
 from typing import Self
 
+import numpy as np
 import torch
 
 from testbed.engine.backends.base import Backend
@@ -19,6 +20,7 @@ from testbed.engine.models.weights import load_decoder
 from testbed.engine.options import DeviceInfo, EngineOptions
 from testbed.engine.queue import CpuQueue, CudaQueue, Queue
 from testbed.engine.runner import ModelRunner, RunningStep
+from testbed.memory.slots import slots_needed
 from testbed.scenario.errors import InputError
 
 CPU_KV_BYTES = 1 << 30
@@ -77,7 +79,7 @@ def build_runner(options: EngineOptions, device: torch.device) -> ModelRunner:
             backend=attention,
             kv_tokens=kv_tokens // options.page_size * options.page_size,
             context_length=context_length,
-            table_width=-(-(min(context_length, kv_tokens) + 1) // options.page_size) + 1,
+            table_width=_table_width(options, context_length, kv_tokens),
             vocab_size=config.spec.vocab,
             eos_token_ids=config.eos_token_ids,
             weights=decoder.source,
@@ -125,6 +127,20 @@ def _check_interpreter(dtype: str) -> None:
     if dtype == "bfloat16":
         message = "Triton's interpreter cannot compute in bfloat16"
         raise InputError(message, where="engine.dtype", remedy="dtype: float32, or attention: torch")
+
+
+def _table_width(options: EngineOptions, context_length: int, kv_tokens: int) -> int:
+    """Pages in a row of the page table. A place in the flat table is an int32."""
+    width = -(-(min(context_length, kv_tokens) + 1) // options.page_size) + 1
+    slots = slots_needed(options.max_running_requests, kv_tokens, options.page_size) + 1
+    if slots * width > np.iinfo(np.int32).max:
+        raise InputError(
+            f"a page table of {options.max_running_requests:,} requests of {width:,} pages has more places than an "
+            "int32 can number",
+            where="engine.max_running_requests",
+            remedy="lower it, or engine.context_length, or raise engine.page_size",
+        )
+    return width
 
 
 def _kv_tokens(options: EngineOptions, config: DecoderConfig, context_length: int, device: torch.device) -> int:

@@ -85,22 +85,28 @@ class ModelRunner:
 
     def launch(self, inputs: StepInputs) -> RunningStep:
         """Queue a step; on CUDA, returns before it is computed."""
-        staged = dict(zip(ARRAYS, self._queue.stage(inputs.arrays()), strict=True))
-        step = RunningStep(self, inputs, staged)
-        with device_errors(), self._queue.computing():
-            self._queue.begin()
-            if len(inputs.places):
-                self._table.view(-1)[staged["places"]] = staged["pages"]
-            if len(inputs.prefill_slots):
-                step.logits = self._extend(inputs, staged, step)
-            elif self._graphs is not None and self._graphs.fits(len(inputs.decode_slots)):
-                step.graph = True
-                step.logits = self._graphs.replay(staged["decode_slots"], staged["positions"])
-            else:
-                step.logits = self._decode(staged["decode_slots"], staged["positions"])
+        with device_errors():
+            staged = dict(zip(ARRAYS, self._queue.stage(inputs.arrays()), strict=True))
+            step = RunningStep(self, inputs, staged)
+            with self._queue.computing():
+                self._compute(step)
         if not inputs.defer_sampling:
             step.sample(None)
         return step
+
+    def _compute(self, step: RunningStep) -> None:
+        """Everything up to the logits."""
+        inputs, staged = step.inputs, step.staged
+        self._queue.begin()
+        if len(inputs.places):
+            self._table.view(-1)[staged["places"]] = staged["pages"]
+        if len(inputs.prefill_slots):
+            step.logits = self._extend(inputs, staged, step)
+        elif self._graphs is not None and self._graphs.fits(len(inputs.decode_slots)):
+            step.graph = True
+            step.logits = self._graphs.replay(staged["decode_slots"], staged["positions"])
+        else:
+            step.logits = self._decode(staged["decode_slots"], staged["positions"])
 
     def _decode(self, slots: Tensor, positions: Tensor) -> Tensor:
         """Logits of decoding rows, float32 [b, vocab]. Free of the host: this is what a CUDA graph holds."""
@@ -174,7 +180,7 @@ class ModelRunner:
                 self._sampler.count(slots, token_ids)
             step.fetched = self._queue.fetch([token_ids, *_wanted(sampled), *_present(step.prompt_logprobs)])
             step.has_logprobs = sampled.logprobs is not None
-        step.ticket = self._queue.end()
+            step.ticket = self._queue.end()
 
     @staticmethod
     def _forced(logits: Tensor, token_ids: Tensor, needs: SamplingNeeds) -> Sampled:

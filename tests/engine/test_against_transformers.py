@@ -308,4 +308,5 @@ def test_a_row_without_a_token_ends_with_an_error(model: Model, loop: str, force
         assert output.logprobs is not None
         assert len(output.logprobs.tokens) == len(output.logprobs.top) == len(output.output_ids)
         assert np.isfinite(output.logprobs.tokens).all()
-        assert (output.status, output.message != "") == ((500, True) if output.finish_reason == "error" else (200, False))
+        failed = output.finish_reason == "error"
+        assert output.status == (500 if failed else 200) and bool(output.message) == failed
