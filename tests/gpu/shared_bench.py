@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -24,6 +23,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
 )
+from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from testbed import execute, load_scenario
 from testbed.scenario.models import find_config
@@ -79,8 +79,13 @@ def _generate(network: PreTrainedModel, lengths: list[list[int]], vocab: int) ->
     prompts = [draw.integers(0, vocab, prompt).tolist() for prompt, _ in lengths]
     sampling = GenerationConfig(do_sample=True, temperature=0.6, top_k=0, top_p=1.0, eos_token_id=-1, pad_token_id=0)
     tokens = done = 0
+    most = (max(column) for column in zip(*lengths, strict=True))
+    small = None if is_gpu(network.device) else ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)
     with network.continuous_batching_context_manager(
-        generation_config=sampling, continuous_batching_config=_batching(network.device, lengths), timeout=5
+        generation_config=sampling,
+        continuous_batching_config=small,  # by itself it takes all memory, which is right on a GPU only
+        timeout=5,
+        workload_hints=WorkloadHints(*most, num_requests=len(lengths)),
     ) as manager:
         manager.add_request(prompts[0], max_new_tokens=4)  # what is compiled at the first request is not timed
         while manager.get_result(timeout=1) is None and manager.is_running():
@@ -95,16 +100,6 @@ def _generate(network: PreTrainedModel, lengths: list[list[int]], vocab: int) ->
     if not done:
         raise RuntimeError("transformers' continuous batching finished no request")
     return tokens, done, end - begin
-
-
-def _batching(device: torch.device, lengths: list[list[int]]) -> ContinuousBatchingConfig:
-    """Its defaults and hints; without a GPU as little memory as will do, since by itself it takes all."""
-    if not is_gpu(device):
-        return ContinuousBatchingConfig(num_blocks=8, page_size=32, max_batch_tokens=64)
-    known = {one.name for one in fields(ContinuousBatchingConfig)}  # they vary with its version
-    blocks = -(-max(map(sum, lengths)) // ContinuousBatchingConfig().page_size) + 1
-    hints = {"max_requests_per_batch": len(lengths), "max_blocks_per_request": blocks + blocks % 2}
-    return ContinuousBatchingConfig(**{name: value for name, value in hints.items() if name in known})
 
 
 def _row(what: str, tokens: int, seconds: float) -> Row:
