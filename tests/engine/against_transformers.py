@@ -325,14 +325,17 @@ def run_ours(
     asked: Sequence[Asked],
     *,
     kv_tokens: int = KV_TOKENS,
-    script: Script | None = None,
-    seed: int = 0,
     device_type: type[LogitsDevice] = LogitsDevice,
-    **fields: Any,
+    **how: Any,
 ) -> Ran:
-    """The requests through scheduler, loop and device, in this process, in float32. ``seed``: of forced retractions;
-    ``fields``: more of the engine's."""
-    options = EngineOptions(
+    """The requests through scheduler, loop and device, in this process, in float32. ``how``: of ``run_asked``."""
+    device = device_type(options_of(folder, setting, kv_tokens))
+    return Ran(reference, list(asked), run_asked(device, setting, asked, **how), device.logits)
+
+
+def options_of(folder: Path, setting: Setting, kv_tokens: int = KV_TOKENS) -> EngineOptions:
+    """What a device for this setting is started with."""
+    return EngineOptions(
         str(folder),
         "float32",
         setting.page_size,
@@ -341,6 +344,20 @@ def run_ours(
         context_length=CONTEXT,
         attention="torch",
     )
+
+
+def run_asked(
+    device: LogitsDevice,
+    setting: Setting,
+    asked: Sequence[Asked],
+    *,
+    script: Script | None = None,
+    seed: int = 0,
+    run_seed: int = 0,
+    **fields: Any,
+) -> Outcome:
+    """The requests on a device of this setting. ``seed``: of forced retractions; ``run_seed``: of requests without
+    one; ``fields``: more of the engine's."""
     config = engine(
         loop=setting.loop,
         batching=setting.batching,
@@ -351,7 +368,6 @@ def run_ours(
         **fields,
     )
     strategy = STRATEGIES[setting.batching]()
-    device = device_type(options)
     jobs: Any = asked
     outcome = run(
         config,
@@ -361,12 +377,12 @@ def run_ours(
         strategy=Retracting(strategy, seed) if setting.forced else strategy,
         script=script,
         prove=False,  # of what it proves, the oracle's tokens are not ours
-        device_of=runs_on(device, forced=False),
+        device_of=runs_on(device, forced=False, seed=run_seed),
     )
     for law in (ended_once, times_add_up, work_adds_up):
         law(outcome)
     drained(outcome.scheduler)
-    return Ran(reference, list(asked), outcome, device.logits)
+    return outcome
 
 
 # -- the comparison -----------------------------------------------------------------------------------------------

@@ -5,12 +5,18 @@ computation in float64 gives (chi-square); pairs of neighbouring positions and s
 are judged together, at one per cent over all (Bonferroni). Seeds and positions are the first integers: no others were
 tried. Then requests with parameters of all kinds are drawn alone and in several companies: the tokens must be equal.
 
-On a machine with CUDA the Triton kernels draw, else torch does.
+Last, from one end to the other, in float32 on the CPU: requests with a seed through scheduler, loop and a tiny model
+give the tokens that they give alone, in batches, with chunks, prefix hits, retractions and others beside them, under
+both loops, but for draws whose margin is below 1e-4.
+
+On a machine with CUDA the Triton kernels draw what is held against the distribution, else torch does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -21,6 +27,8 @@ from scipy import stats
 from testbed.engine.inputs import SamplingNeeds, SlotSampling
 from testbed.engine.sampler import Sampler
 from testbed.sampling import SamplingParams
+from tests.engine.seeded import COMPANIES, MARGIN, EndToEnd, end_to_end
+from tests.engine.world import tiny_model
 from tests.evidence.evidence import Evidence
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,6 +36,8 @@ OVERALL = 0.01
 SEEDS = 128
 EXPECTED_MIN = 5.0
 """Tokens that are expected less often share a bin (the usual rule for chi-square)."""
+VOCAB = 4096
+"""Of the model that runs from one end to the other."""
 ELEMENTS_MAX = 1 << 22
 """Logits of one call."""
 
@@ -160,8 +170,16 @@ def unequal_in_company(requests: int) -> tuple[int, int]:
     return 2 * requests, int(sum((alone != company).sum() for company in companies))
 
 
+def whole_engine(smoke: bool) -> EndToEnd:
+    """Seeded requests through everything."""
+    torch.set_num_threads(1)
+    with TemporaryDirectory() as folder:
+        model = tiny_model("qwen3", Path(folder) / "model", seed=9)
+        return end_to_end(model, VOCAB, 14 if smoke else 140, COMPANIES[2:4] if smoke else COMPANIES)
+
+
 def check(smoke: bool) -> Evidence:
-    """Chi-square of every case, of pairs, and the companies."""
+    """Chi-square of every case, of pairs, the companies, and the whole engine."""
     positions = 158 if smoke else 800
     p_values = {}
     for name, vocab_size, wanted in CASES:
@@ -174,16 +192,21 @@ def check(smoke: bool) -> Evidence:
             p_values["neighbouring seeds"] = pair_p_value(tokens[::2], tokens[1::2], shares)
             repeated = bool((tokens == again).all())
     compared, unequal = unequal_in_company(60 if smoke else 300)
+    whole = whole_engine(smoke)
     worst = min(p_values, key=lambda name: p_values[name])
     bar = OVERALL / len(p_values)
     return Evidence(
         figure=f"{SEEDS * positions:,} draws a case, {len(CASES)} cases: lowest of {len(p_values)} p-values "
-        f"{p_values[worst]:.2g} ({worst}); {unequal} of {compared} tokens differ in other company",
+        f"{p_values[worst]:.2g} ({worst}); {unequal} of {compared} tokens differ in other company, "
+        f"{len(whole.wrong)} of {whole.tokens:,} from one end to the other",
         bar=f"every p-value at least {bar:.2g} (1 % over all), no token differs",
-        passed=p_values[worst] >= bar and not unequal and repeated,
+        passed=p_values[worst] >= bar and not unequal and repeated and not whole.wrong,
         details=(
             f"drawn by {'the Triton kernels' if DEVICE == 'cuda' else 'torch on the CPU'}",
             *([] if repeated else ["the same seeds and positions gave other tokens the second time"]),
             *(f"{name}: p = {value:.3f}" for name, value in p_values.items()),
+            f"from one end to the other: {whole.close} requests differ from a draw on whose margin is below {MARGIN:g}",
+            *whole.wrong,
+            *whole.passed_through,
         ),
     )
