@@ -181,7 +181,7 @@ def _attend(
         page = tl.load(pages + other // PAGE_SIZE, other < end, 0)
     for _ in range(begin, end, BLOCK_N):
         present = other < length
-        place = other
+        place = other.to(tl.int64)
         if PAGED:
             place = page.to(tl.int64) * PAGE_SIZE + other % PAGE_SIZE
             page = tl.load(pages + (other + BLOCK_N) // PAGE_SIZE, other + BLOCK_N < end, 0)  # a tile ahead
