@@ -16,7 +16,8 @@ EDGES = (1, 15, 16, 17, 63, 64, 65, 128, 192, 300)
 
 
 class Paged:
-    """KV of some rows, on the CPU. ``k`` and ``v``: each row's [length, kvh, d]; ``slots`` are the rows' in ``page_table``."""
+    """KV of some rows, on the CPU. ``k`` and ``v``: each row's [length, kvh, d]; ``slots``: the rows' in
+    ``page_table``."""
 
     def __init__(self, numbers: Numbers, lengths: list[int], kv_heads: int, head_dim: int, page_size: int) -> None:
         self.page_size = page_size

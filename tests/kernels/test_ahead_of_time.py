@@ -34,15 +34,21 @@ SHARED_BYTES = 227 * 1024
 """What a block of an H100 can have (CUDA C++ Programming Guide, compute capability 9.0)."""
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_compiles_for_hopper(module: str) -> None:
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, list[dict[str, Any]]]:
+    """What became of each module's variants. One process for all: what takes long is to load torch."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, module]
+    command = [sys.executable, __file__, *MODULES]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    compiled = [json.loads(line) for line in done.stdout.splitlines()]
-    assert compiled, f"{module}.ahead_of_time() yields nothing"
-    for report in compiled:
+    reports = [json.loads(line) for line in done.stdout.splitlines()]
+    return {module: [report for report in reports if report["module"] == module] for module in MODULES}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_compiles_for_hopper(module: str, compiled: dict[str, list[dict[str, Any]]]) -> None:
+    assert compiled[module], f"{module}.ahead_of_time() yields nothing"
+    for report in compiled[module]:
         assert report["stack"] == report["local"] == 0, f"spills: {report}"
         assert 0 < report["registers"] <= 255 and report["shared"] <= SHARED_BYTES, report
 
@@ -56,9 +62,7 @@ def compile_for_hopper(
 
     named = {**signature, **dict.fromkeys(constants, "constexpr")}
     types = {name: named[name].partition(":")[0] for name in kernel.arg_names}
-    multiples = {
-        (place,): [["tt.divisibility", 16]] for place, name in enumerate(types) if named[name].endswith(":16")
-    }
+    multiples = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(types) if named[name].endswith(":16")}
     source = ASTSource(kernel, types, constexprs=constants, attrs=multiples)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
@@ -77,12 +81,16 @@ def resources(compiled: Any) -> dict[str, int]:
     return {"registers": int(used[1]), "stack": int(used[2]), "local": int(used[3])}
 
 
-def main(module: str) -> None:
-    for kernel, signature, constants, options in importlib.import_module(f"testbed.kernels.{module}").ahead_of_time():
-        compiled = compile_for_hopper(kernel, signature, constants, options)
-        report = {"kernel": kernel.__name__, "shared": compiled.metadata.shared, **resources(compiled)}
-        print(json.dumps({**report, "constants": {name: str(value) for name, value in constants.items()}, **options}))
+def main(modules: list[str]) -> None:
+    for module in modules:
+        for kernel, signature, constants, options in importlib.import_module(
+            f"testbed.kernels.{module}"
+        ).ahead_of_time():
+            compiled = compile_for_hopper(kernel, signature, constants, options)
+            report = {"module": module, "kernel": kernel.__name__, "shared": compiled.metadata.shared}
+            named = {name: str(value) for name, value in constants.items()}
+            print(json.dumps({**report, **resources(compiled), "constants": named, **options}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])
