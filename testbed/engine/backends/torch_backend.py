@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from testbed.engine.backends.base import AttentionPlan, Rotary
 from testbed.kernels.decode_attention import decode_attention_reference
 from testbed.kernels.extend_attention import extend_attention_reference
 from testbed.kernels.fused_moe import fused_moe_reference
+from testbed.kernels.gemv import linear_small_reference
 from testbed.kernels.rms_norm import add_rms_norm_reference, rms_norm_reference
 from testbed.kernels.rope_store import rope_and_store_reference
 from testbed.kernels.silu_mul import silu_and_mul_reference
@@ -20,24 +20,14 @@ from testbed.kernels.silu_mul import silu_and_mul_reference
 class TorchBackend:
     """``Backend`` on any device and in any dtype. It reads lengths back to the host, so no CUDA graph can hold it."""
 
+    linear = staticmethod(linear_small_reference)
+    rms_norm = staticmethod(rms_norm_reference)
+    add_rms_norm = staticmethod(add_rms_norm_reference)
+    silu_and_mul = staticmethod(silu_and_mul_reference)
+    experts = staticmethod(fused_moe_reference)
+
     def prepare(self, plan: AttentionPlan) -> None:
         """Nothing is shared between layers."""
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """As ``Backend.linear``."""
-        return F.linear(x, weight, bias)
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """As ``Backend.rms_norm``."""
-        return rms_norm_reference(x, weight, eps)
-
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """As ``Backend.add_rms_norm``."""
-        return add_rms_norm_reference(x, residual, weight, eps)
-
-    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        """As ``Backend.silu_and_mul``."""
-        return silu_and_mul_reference(gate_up)
 
     def rope_and_store(
         self,
@@ -63,12 +53,6 @@ class TorchBackend:
         return attention_of_both(
             q, k, v, k_cache, v_cache, plan, scale, extend=extend_attention_reference, decode=decode_attention_reference
         )
-
-    def experts(
-        self, x: Tensor, router_logits: Tensor, gate_up: Tensor, down: Tensor, top_k: int, renormalize: bool
-    ) -> Tensor:
-        """As ``Backend.experts``."""
-        return fused_moe_reference(x, router_logits, gate_up, down, top_k, renormalize)
 
 
 def attention_of_both(

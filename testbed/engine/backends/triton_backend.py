@@ -23,6 +23,11 @@ class TritonBackend:
     """``Backend`` on a GPU, or on the CPU in Triton's interpreter. A CUDA graph can hold all of it for decoding rows:
     no operation waits for the device or has a grid that depends on its results."""
 
+    rms_norm = staticmethod(rms_norm)
+    add_rms_norm = staticmethod(add_rms_norm)
+    silu_and_mul = staticmethod(silu_and_mul)
+    experts = staticmethod(fused_moe)
+
     def __init__(self, max_batch: int, heads: int, kv_heads: int, head_dim: int, device: torch.device | str) -> None:
         """For at most ``max_batch`` decoding rows at a time."""
         on_gpu = torch.device(device).type == "cuda"
@@ -39,18 +44,6 @@ class TritonBackend:
         if gemv_pays(len(x), *weight.shape):
             return linear_small(x, weight, bias)
         return F.linear(x, weight, bias)
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """As ``Backend.rms_norm``."""
-        return rms_norm(x, weight, eps)
-
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """As ``Backend.add_rms_norm``."""
-        return add_rms_norm(x, residual, weight, eps)
-
-    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        """As ``Backend.silu_and_mul``."""
-        return silu_and_mul(gate_up)
 
     def rope_and_store(
         self,
@@ -75,9 +68,3 @@ class TritonBackend:
         """As ``Backend.attention``; ``prepare`` was called with this plan."""
         decode = partial(decode_attention, scratch=self._scratch)
         return attention_of_both(q, k, v, k_cache, v_cache, plan, scale, extend=extend_attention, decode=decode)
-
-    def experts(
-        self, x: Tensor, router_logits: Tensor, gate_up: Tensor, down: Tensor, top_k: int, renormalize: bool
-    ) -> Tensor:
-        """As ``Backend.experts``."""
-        return fused_moe(x, router_logits, gate_up, down, top_k, renormalize)
