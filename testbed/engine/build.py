@@ -25,8 +25,9 @@ from testbed.scenario.errors import InputError
 
 CPU_KV_BYTES = 1 << 30
 """KV on a CPU where nobody says how much."""
-WARM_LENGTHS = (1, 2, 15, 16, 17, 64, 100, 128, 1000, 1024)
-"""Prefill lengths to warm up with: kernels are compiled anew for sizes that are 1 or a multiple of 16."""
+WARM_LENGTHS = (1, 2, 15, 16, 17, 64, 100, 128, 256, 512, 1000, 1024)
+"""Prefill lengths to warm up with: kernels are compiled anew for sizes that are 1 or a multiple of 16, and for every
+size of a block of a mixture of experts."""
 
 
 class LocalDevice:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pytest
@@ -13,7 +14,10 @@ from torch import Tensor
 from testbed.engine.backends.base import AttentionPlan, Backend, DecodeRows, ExtendRows, Rotary
 from testbed.engine.backends.torch_backend import TorchBackend
 from testbed.engine.backends.triton_backend import TritonBackend
+from testbed.engine.build import WARM_LENGTHS
+from testbed.kernels.fused_moe import rows_of_a_block
 from testbed.kernels.interpreter import INTERPRETED
+from testbed.scenario.models import load_model
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 HEADS, KV_HEADS, D, CONTEXT, MAX_BATCH = 6, 2, 20, 40, 5
@@ -155,3 +159,14 @@ def test_the_other_operations_give_the_same(tokens: int) -> None:
         results.append((sum_of_both, added, linear, biased, *routed, normed, gated))
     assert_near(*results)
     assert torch.equal(results[1][0], x + residual)
+
+
+@pytest.mark.parametrize("preset", ["mixtral-8x7b", "qwen3-30b-a3b"])
+def test_experts_are_compiled_before_the_first_request(preset: str) -> None:
+    """The number of tokens decides how large the blocks of the grouped product are, and each size is a compilation."""
+    spec, longest = load_model(preset), 8192
+
+    def blocks(lengths: Iterable[int]) -> set[int]:
+        return {rows_of_a_block(tokens * spec.experts_per_token, spec.experts) for tokens in lengths}
+
+    assert blocks([*WARM_LENGTHS, longest]) == blocks(range(1, longest + 1))
