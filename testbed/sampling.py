@@ -8,8 +8,8 @@ from dataclasses import dataclass
 GREEDY_BELOW = 1e-6
 """A temperature below this is greedy (specification H)."""
 
-COUNT_MAX = 2**31 - 1
-"""Numbers of tokens are int32 on the device."""
+COUNT_MAX = 2**62
+"""Larger numbers of tokens, or sums of two, do not fit into 64 bits on their way to the device."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -44,6 +44,11 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the most likely token is taken."""
         return self.temperature < GREEDY_BELOW or self.top_k == 1
+
+    @property
+    def penalised(self) -> bool:
+        """Whether a penalty looks at the tokens so far."""
+        return bool(self.frequency_penalty or self.presence_penalty) or self.repetition_penalty != 1.0
 
     def problem(self, vocab_size: int, max_new_tokens: int | None = None) -> str | None:
         """What is wrong with these values, in words for the client; None when nothing is."""

@@ -81,7 +81,7 @@ class InputBuilder:
         self._told[request.slot] = params
         seed = stream_key("sampling", self._seed, request.rid) if params.seed is None else params.seed % 2**64
         told = SlotSampling(request.slot, params, seed, request.prompt_tokens)
-        if needs_counts(params):
+        if params.penalised:
             told.output_ids = request.fill_ids[request.prompt_tokens :]
             told.prompt_ids = request.fill_ids[: request.prompt_tokens]
         inputs.sampling.append(told)
@@ -107,11 +107,6 @@ class InputBuilder:
         return needs_of([*(request for request, _, _, last in batch.prefills if last), *batch.decodes])
 
 
-def needs_counts(params: SamplingParams) -> bool:
-    """Whether a penalty looks at the tokens so far."""
-    return bool(params.frequency_penalty or params.presence_penalty) or params.repetition_penalty != 1.0
-
-
 def needs_of(requests: Sequence[Request]) -> SamplingNeeds:
     """What these rows want at all."""
     chosen = {id(request.sampling): request.sampling for request in requests}.values()
@@ -119,7 +114,7 @@ def needs_of(requests: Sequence[Request]) -> SamplingNeeds:
     return SamplingNeeds(
         greedy=all(params.greedy for params in chosen),
         filters=any(params.top_k > 0 or params.top_p < 1 or params.min_p > 0 for params in chosen),
-        penalties=any(needs_counts(params) for params in chosen),
+        penalties=any(params.penalised for params in chosen),
         bias=any(params.logit_bias for params in chosen),
         min_new_tokens=any(params.min_new_tokens for params in chosen),
         logprobs=bool(wanting),

@@ -79,7 +79,7 @@ class Sampler:
             ends = (*self._eos_token_ids, *params.stop_token_ids) if params.min_new_tokens else ()
             self._bias.set(told.slot, _sums(params.logit_bias))
             self._ends.set(told.slot, dict.fromkeys(ends, -np.inf))
-        penalised = [told for told in slots if _wants_history(told)]
+        penalised = [told for told in slots if told.params.penalised]
         if penalised:
             self._remember(penalised)
 
@@ -232,11 +232,6 @@ def _integers_of(told: SlotSampling) -> tuple[int, int]:
     """The seed's bit pattern as a signed number; the position from which on the request may end."""
     seed = told.seed - 2**64 if told.seed >= 2**63 else told.seed
     return seed, told.prompt_tokens + told.params.min_new_tokens
-
-
-def _wants_history(told: SlotSampling) -> bool:
-    params = told.params
-    return bool(params.frequency_penalty or params.presence_penalty) or params.repetition_penalty != 1
 
 
 def _sums(pairs: Sequence[tuple[int, float]]) -> dict[int, float]:

@@ -65,9 +65,8 @@ class RealDevice:
 
     def stopped_rows(self, batch: Batch, token_ids: NDArray[np.int32]) -> list[int]:
         """Rows whose token is an end-of-sequence or stop token that their request heeds."""
-        found = []
+        found, first = [], len(batch.prefills)
         for row in np.flatnonzero(self._is_stop[token_ids]).tolist():
-            first = len(batch.prefills)
             request = batch.prefills[row].request if row < first else batch.decodes[row - first]
             token = int(token_ids[row])
             if token in request.sampling.stop_token_ids or (not request.ignore_eos and token in self._stop_ids):

@@ -9,8 +9,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+
 from testbed.engine.builder import InputBuilder
 from testbed.engine.device import Device, open_device
+from testbed.engine.inputs import StepInputs
 from testbed.engine.options import EngineOptions
 from testbed.runtime.oracle import Oracle
 from testbed.runtime.real import RealDevice
@@ -67,6 +70,23 @@ def tiny_device(
         )
         with open_device(chosen, in_process=in_process) as device:
             yield device
+
+
+def prefill(index: int, tokens: int) -> StepInputs:
+    """A prompt of so many tokens, each in a page of its own."""
+    places = np.arange(tokens, dtype=np.int32)
+    return StepInputs(
+        index,
+        places=places,
+        pages=places + 1,
+        token_ids=places,
+        token_slots=0 * places,
+        token_positions=places,
+        prefill_slots=places[:1],
+        prefix_lens=places[:1],
+        starts=np.array([0, tokens], np.int32),
+        row_slots=places[:1],
+    )
 
 
 def runs_on(device: Device, *, forced: bool = True, seed: int = 0) -> DeviceOf:

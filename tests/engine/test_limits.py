@@ -27,7 +27,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
     ({"top_k": 0}, "top_k is 0"),
     ({"top_k": -2}, "top_k is -2"),
-    ({"top_k": 2**31}, "top_k is 2147483648"),
+    ({"top_k": 2**62 + 1}, "top_k is 4611686018427387905"),
     ({"min_new_tokens": -1}, "min_new_tokens is -1"),
     ({"min_new_tokens": 11}, "min_new_tokens is 11"),
     ({"seed": 2**64}, "seed is 18446744073709551616"),
@@ -39,7 +39,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 ACCEPTED: list[dict[str, Any]] = [
     {"temperature": 0.0, "top_p": 1.0, "min_p": 1.0, "top_k": -1},
-    {"temperature": 1e9, "top_p": 1e-9, "min_p": 0.0, "top_k": 2**31 - 1},
+    {"temperature": 1e9, "top_p": 1e-9, "min_p": 0.0, "top_k": 2**62},
     {"frequency_penalty": -2.0, "presence_penalty": 2.0, "repetition_penalty": 2.0, "min_new_tokens": 10},
     {"seed": -(2**63), "stop_token_ids": (0, VOCAB - 1), "logit_bias": ((0, -100.0), (VOCAB - 1, 100.0))},
     {"seed": 2**64 - 1},
@@ -58,8 +58,8 @@ def test_accepted(fields: dict[str, Any]) -> None:
 
 
 def test_a_minimum_without_a_limit_is_still_a_number() -> None:
-    assert SamplingParams(min_new_tokens=2**31 - 1).problem(VOCAB) is None
-    assert SamplingParams(min_new_tokens=2**31).problem(VOCAB) is not None
+    assert SamplingParams(min_new_tokens=2**62).problem(VOCAB) is None
+    assert SamplingParams(min_new_tokens=2**62 + 1).problem(VOCAB) is not None
 
 
 def test_a_page_table_that_no_int32_can_number() -> None:

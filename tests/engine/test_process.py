@@ -7,26 +7,9 @@ import pytest
 
 from testbed.engine.inputs import StepInputs
 from testbed.engine.process import ProcessDevice
-from tests.engine.machine import tiny_device
+from tests.engine.machine import prefill, tiny_device
 
 ENDING_S = 60
-
-
-def prefill(index: int, tokens: int) -> StepInputs:
-    """A prompt of so many tokens, each in a page of its own."""
-    places = np.arange(tokens, dtype=np.int32)
-    return StepInputs(
-        index,
-        places=places,
-        pages=places + 1,
-        token_ids=places,
-        token_slots=0 * places,
-        token_positions=places,
-        prefill_slots=places[:1],
-        prefix_lens=places[:1],
-        starts=np.array([0, tokens], np.int32),
-        row_slots=places[:1],
-    )
 
 
 def test_results_that_an_interrupted_run_left_are_passed_over() -> None:

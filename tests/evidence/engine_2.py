@@ -198,8 +198,8 @@ def check(smoke: bool) -> Evidence:
     return Evidence(
         figure=f"{SEEDS * positions:,} draws a case, {len(CASES)} cases: lowest of {len(p_values)} p-values "
         f"{p_values[worst]:.2g} ({worst}); {unequal} of {compared} tokens differ in other company, "
-        f"{len(whole.wrong)} of {whole.tokens:,} from one end to the other",
-        bar=f"every p-value at least {bar:.2g} (1 % over all), no token differs",
+        f"{len(whole.wrong)} requests of {whole.tokens:,} tokens from one end to the other",
+        bar=f"every p-value at least {bar:.2g} (1 % over all), no token and no request differs",
         passed=p_values[worst] >= bar and not unequal and repeated and not whole.wrong,
         details=(
             f"drawn by {'the Triton kernels' if DEVICE == 'cuda' else 'torch on the CPU'}",
