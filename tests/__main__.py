@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ STEPS = (
 
 def main() -> int:
     """Run the steps in order; stop at the first that fails."""
+    # Tests press Ctrl-C. A shell that starts us in the background has it ignored, which all children would inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for step in STEPS:
         print(f"+ python -m {' '.join(step)}", flush=True)
         status = subprocess.call([sys.executable, "-m", *step], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": "0"})
