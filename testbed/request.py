@@ -132,10 +132,16 @@ class Request:
         prefill's token."""
 
     @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether log-probabilities of its prompt are still to be computed (once: not again after a retraction)."""
+        return self.logprobs is not None and self.logprobs.start >= 0 and not self.old_outputs
+
+    @property
     def matchable_ids(self) -> NDArray[np.int32]:
         """The tokens that the prefix cache may provide: one at least is computed, and every one whose successor's
         log-probability is wanted (specification B.5)."""
-        if self.logprobs is not None and self.logprobs.start >= 0 and not self.old_outputs:
+        if self.wants_prompt_logprobs:
+            assert self.logprobs is not None
             return self.fill_ids[: min(self.logprobs.start, len(self.fill_ids) - 1)]
         return self.fill_ids[:-1]
 

@@ -83,7 +83,6 @@ def build_runner(options: EngineOptions, device: torch.device) -> ModelRunner:
             table_width=_table_width(options, context_length, kv_tokens),
             vocab_size=config.spec.vocab,
             eos_token_ids=config.eos_token_ids,
-            weights=decoder.source,
             notes=_notes(decoder.source, attention, options, device),
         )
         queue: Queue = CudaQueue(device, 4 * options.chunk_tokens) if device.type == "cuda" else CpuQueue()

@@ -70,7 +70,7 @@ class InputBuilder:
             pages.append(self._slots.pages[request.slot, :held])
             if last:
                 self._tell(inputs, request)
-        if any(wants_prompt(request) for request, _, _, _ in prefills):
+        if any(request.wants_prompt_logprobs for request, _, _, _ in prefills):
             inputs.prompt_targets = _joined([_targets(prefill) for prefill in prefills])
 
     def _tell(self, inputs: StepInputs, request: Request) -> None:
@@ -122,16 +122,11 @@ def needs_of(requests: Sequence[Request]) -> SamplingNeeds:
     )
 
 
-def wants_prompt(request: Request) -> bool:
-    """Whether log-probabilities of its prompt are still to be computed (once: not again after a retraction)."""
-    return request.logprobs is not None and request.logprobs.start >= 0 and not request.old_outputs
-
-
 def _targets(prefill: Prefill) -> Ints:
     """The prompt token behind each new token, -1 where it is not wanted or there is none: int32 [new_tokens]."""
     request, prefix, new, _ = prefill
     targets = np.full(new, -1, dtype=np.int32)
-    if wants_prompt(request):
+    if request.wants_prompt_logprobs:
         assert request.logprobs is not None
         begin, end = max(prefix, request.logprobs.start), min(prefix + new, request.prompt_tokens - 1)
         targets[max(begin - prefix, 0) : max(end - prefix, 0)] = request.fill_ids[begin + 1 : end + 1]

@@ -46,7 +46,5 @@ class DeviceInfo:
     """Pages in a row of its page table."""
     vocab_size: int
     eos_token_ids: tuple[int, ...]
-    weights: str
-    """Where they come from."""
     notes: tuple[str, ...] = ()
     """What a reader of the results must know."""

@@ -111,7 +111,7 @@ class ModelRunner:
     def _decode(self, slots: Tensor, positions: Tensor) -> Tensor:
         """Logits of decoding rows, float32 [b, vocab]. Free of the host: this is what a CUDA graph holds."""
         token_ids = self._relay.take(slots, positions)
-        plan = AttentionPlan(self._table, self._page_size, decode=DecodeRows(slots, positions + 1, self._longest))
+        plan = AttentionPlan(self._table, self._page_size, decode=DecodeRows(slots, positions + 1))
         return self._decoder.logits(self._forward(token_ids, slots, positions, plan))
 
     def _extend(self, inputs: StepInputs, staged: dict[str, Tensor], step: RunningStep) -> Tensor:
@@ -126,7 +126,6 @@ class ModelRunner:
                 starts=staged["starts"],
                 prefix_lens=staged["prefix_lens"],
                 longest=int(np.diff(inputs.starts).max()),
-                prefix_longest=int(inputs.prefix_lens.max()),
                 tokens=new_tokens,
             ),
         )
@@ -136,8 +135,7 @@ class ModelRunner:
             token_ids = torch.cat((token_ids, self._relay.take(decode_slots, decode_positions)))
             slots = torch.cat((slots, decode_slots))
             positions = torch.cat((positions, decode_positions))
-            longest = int(inputs.positions.max()) + 1
-            plan.decode = DecodeRows(decode_slots, decode_positions + 1, longest)
+            plan.decode = DecodeRows(decode_slots, decode_positions + 1)
             behind = torch.arange(new_tokens, len(token_ids), dtype=torch.int32, device=last.device)
             last = torch.cat((last, behind))
         hidden = self._forward(token_ids, slots, positions, plan)

@@ -28,7 +28,7 @@ def _keep_prompt(request: Request, prefix: int, found: StepLogprobs, begin: int,
     prompt = request.logprobs.prompt
     first = max(prefix, request.logprobs.start)
     end = min(prefix + new_tokens, len(prompt) - 1)
-    if request.logprobs.start >= 0 and not request.old_outputs and first < end:
+    if request.wants_prompt_logprobs and first < end:
         prompt[first + 1 : end + 1] = found.prompt[begin + first - prefix : begin + end - prefix]
 
 

@@ -83,10 +83,10 @@ def step(extends: list[tuple[int, int]], decodes: list[int], page_size: int, nor
     if extends:
         prefixes, new = zip(*extends, strict=True)
         starts = [sum(new[:i]) for i in range(len(new) + 1)]
-        lengths = ints(starts), ints(list(prefixes)), max(new), max(prefixes), sum(new)
+        lengths = ints(starts), ints(list(prefixes)), max(new), sum(new)
         plan.extend = ExtendRows(ints(slots[: len(extends)].tolist()), *lengths)
     if decodes:
-        plan.decode = DecodeRows(ints(slots[len(extends) :].tolist()), ints(decodes), CONTEXT)
+        plan.decode = DecodeRows(ints(slots[len(extends) :].tolist()), ints(decodes))
     cache_shape = ((rows * width + 1) * page_size, KV_HEADS, D)
     norms = (random(generator, D), random(generator, D)) if norm else (None, None)
     angles = random(generator, CONTEXT, D // 2)

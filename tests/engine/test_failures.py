@@ -14,7 +14,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -22,7 +21,6 @@ from testbed.cli.main import invoke
 from testbed.engine import faults, wire
 from testbed.engine.device import DeviceLost, open_device
 from testbed.engine.faults import device_errors, free_bytes
-from testbed.engine.inputs import StepInputs
 from testbed.engine.models.create import Sizes, create_model
 from testbed.engine.options import EngineOptions
 from testbed.engine.process import ProcessDevice
@@ -30,7 +28,7 @@ from testbed.scenario.errors import InputError
 from tests.bad_input.checking import lay_out, objections
 from tests.cli.terminal import Command, is_alive
 from tests.engine.failures import FAILURES, MODEL, NORM, Failure, reweighted
-from tests.engine.machine import tiny_device
+from tests.engine.machine import prefill, tiny_device
 
 INTERPRETED = {"TRITON_INTERPRET": "1"}
 
@@ -114,23 +112,6 @@ def test_no_process_is_left_by_a_broken_model(model: Path, tmp_path: Path) -> No
     assert told.value.remedy == "are config.json and weights of one model?"
     children = Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()
     assert not any(is_alive(int(child)) for child in children)
-
-
-def prefill(index: int, tokens: int) -> StepInputs:
-    """A prompt in slot 0, whose pages are 1, 2, 3 .."""
-    numbers = np.arange(tokens, dtype=np.int32)
-    return StepInputs(
-        index,
-        places=numbers,
-        pages=numbers + 1,
-        token_ids=np.zeros(tokens, np.int32),
-        token_slots=np.zeros(tokens, np.int32),
-        token_positions=numbers,
-        prefill_slots=np.zeros(1, np.int32),
-        prefix_lens=np.zeros(1, np.int32),
-        starts=np.array([0, tokens], np.int32),
-        row_slots=np.zeros(1, np.int32),
-    )
 
 
 def worker_of(device: object) -> int:

@@ -38,7 +38,7 @@ class TokenMemory:
 
     def __init__(self, slots: int, kv_tokens: int, page_size: int) -> None:
         width = kv_tokens // page_size + 2
-        self.info = DeviceInfo("naive", "cpu", "none", kv_tokens, kv_tokens, width, VOCABULARY, (), "none")
+        self.info = DeviceInfo("naive", "cpu", "none", kv_tokens, kv_tokens, width, VOCABULARY, ())
         self.page_size = page_size
         self.table = np.zeros((slots + 1, width), np.int32)
         self.memory = np.full((kv_tokens // page_size + 1) * page_size, -1, np.int64)

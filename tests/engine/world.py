@@ -77,7 +77,6 @@ def our_logits(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> list[Tenso
         starts=starts,
         prefix_lens=torch.zeros(len(prompts), dtype=torch.int32),
         longest=max(lengths),
-        prefix_longest=0,
         tokens=sum(lengths),
     )
     slots = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(lengths))

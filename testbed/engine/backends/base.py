@@ -25,8 +25,6 @@ class ExtendRows:
     """int32 [n]: tokens of KV before the row's first new token."""
     longest: int
     """New tokens of the longest row, known to the host (it sizes a grid)."""
-    prefix_longest: int
-    """The longest prefix, known to the host."""
     tokens: int
     """New tokens of all rows, known to the host."""
 
@@ -39,8 +37,6 @@ class DecodeRows:
     """int32 [b]."""
     seq_lens: Tensor
     """int32 [b]: tokens of KV that the row attends to, its own new one included; at least 1."""
-    longest: int
-    """An upper bound of ``seq_lens`` known to the host (in a CUDA graph: the context length)."""
 
 
 @dataclass(slots=True)

@@ -17,20 +17,10 @@ from testbed.kernels.rope_store import rope_and_store_reference
 from testbed.kernels.silu_mul import silu_and_mul_reference
 
 
-class TorchBackend:
-    """``Backend`` on any device and in any dtype. It reads lengths back to the host, so no CUDA graph can hold it."""
-
-    linear = staticmethod(linear_small_reference)
-    rms_norm = staticmethod(rms_norm_reference)
-    add_rms_norm = staticmethod(add_rms_norm_reference)
-    silu_and_mul = staticmethod(silu_and_mul_reference)
-    experts = staticmethod(fused_moe_reference)
-
-    def prepare(self, plan: AttentionPlan) -> None:
-        """Nothing is shared between layers."""
+def with_rotary(kernel: Callable[..., None]) -> Callable[..., None]:
+    """``Backend.rope_and_store`` by a kernel, which takes a ``Rotary`` in parts."""
 
     def rope_and_store(
-        self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -40,11 +30,26 @@ class TorchBackend:
         v_cache: Tensor,
         locations: Tensor,
     ) -> None:
-        """As ``Backend.rope_and_store``."""
-        rope_and_store_reference(
+        kernel(
             q, k, v, positions, rotary.cos_sin, k_cache, v_cache, locations,
             q_norm=rotary.q_norm, k_norm=rotary.k_norm, eps=rotary.eps,
         )  # fmt: skip
+
+    return rope_and_store
+
+
+class TorchBackend:
+    """``Backend`` on any device and in any dtype. It reads lengths back to the host, so no CUDA graph can hold it."""
+
+    linear = staticmethod(linear_small_reference)
+    rms_norm = staticmethod(rms_norm_reference)
+    add_rms_norm = staticmethod(add_rms_norm_reference)
+    silu_and_mul = staticmethod(silu_and_mul_reference)
+    rope_and_store = staticmethod(with_rotary(rope_and_store_reference))
+    experts = staticmethod(fused_moe_reference)
+
+    def prepare(self, plan: AttentionPlan) -> None:
+        """Nothing is shared between layers."""
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan, scale: float

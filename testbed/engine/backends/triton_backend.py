@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from testbed.engine.backends.base import AttentionPlan, Rotary
-from testbed.engine.backends.torch_backend import attention_of_both
+from testbed.engine.backends.base import AttentionPlan
+from testbed.engine.backends.torch_backend import attention_of_both, with_rotary
 from testbed.kernels.decode_attention import DecodeScratch, decode_attention, plan_splits
 from testbed.kernels.extend_attention import extend_attention
 from testbed.kernels.fused_moe import fused_moe
@@ -26,6 +26,7 @@ class TritonBackend:
     rms_norm = staticmethod(rms_norm)
     add_rms_norm = staticmethod(add_rms_norm)
     silu_and_mul = staticmethod(silu_and_mul)
+    rope_and_store = staticmethod(with_rotary(rope_and_store))
     experts = staticmethod(fused_moe)
 
     def __init__(self, max_batch: int, heads: int, kv_heads: int, head_dim: int, device: torch.device | str) -> None:
@@ -44,23 +45,6 @@ class TritonBackend:
         if gemv_pays(len(x), *weight.shape):
             return linear_small(x, weight, bias)
         return F.linear(x, weight, bias)
-
-    def rope_and_store(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        positions: Tensor,
-        rotary: Rotary,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        locations: Tensor,
-    ) -> None:
-        """As ``Backend.rope_and_store``."""
-        rope_and_store(
-            q, k, v, positions, rotary.cos_sin, k_cache, v_cache, locations,
-            q_norm=rotary.q_norm, k_norm=rotary.k_norm, eps=rotary.eps,
-        )  # fmt: skip
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan, scale: float
