@@ -1,0 +1,1 @@
+"""`testbed calibrate`: this device and this host, measured with the engine itself."""

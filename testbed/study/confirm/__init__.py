@@ -1,0 +1,1 @@
+"""`testbed confirm`: a scenario simulated and run, joined."""
