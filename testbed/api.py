@@ -1,8 +1,8 @@
 """What notebooks and the command line call: a scenario in, a run out.
 
-    from testbed import load_scenario, simulate
-    run = simulate("scenarios/default.yaml")
-    run.requests.ttft_ms.describe()
+from testbed import load_scenario, simulate
+run = simulate("scenarios/default.yaml")
+run.requests.ttft_ms.describe()
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from testbed.engine.options import DeviceInfo, EngineOptions
 from testbed.loops.base import LoopContext
 from testbed.loops.select import LOOPS, EventLoop, find_loop
 from testbed.memory import OutOfPages
+from testbed.metrics.journal import Setting
 from testbed.metrics.recorder import Recorder
 from testbed.metrics.run import Run
 from testbed.runtime import virtual, wall
@@ -50,7 +51,7 @@ from testbed.scenario.errors import InputError
 from testbed.scenario.load import load_scenario, resolve
 from testbed.scenario.models import ModelSpec, load_model
 from testbed.scenario.plugins import is_plugin, load_callable, load_coroutine, own_faults
-from testbed.scenario.schema import Scenario
+from testbed.scenario.schema import EngineConfig, Scenario
 from testbed.scheduler.invariants import InvariantError
 from testbed.scheduler.scheduler import Checks, Scheduler
 from testbed.workload import Workload, build_workload
@@ -94,23 +95,15 @@ def build_engine(scenario: Scenario, *, checks: Checks = "delta", real: DeviceIn
     device = load_device(scenario.device) if isinstance(scenario.device, str) else None
     kv_tokens = real.kv_tokens if real else _kv_tokens(scenario, model, device)
     context_length = real.context_length if real else config.context_length or model.max_positions
-    recorder = Recorder()
-    if is_plugin(config.loop):
-        loop_name = config.loop
-        loop = load_coroutine(config.loop, base_dir, where="engine.loop", takes=("loop",))
-    else:
-        loop_name, loop = find_loop(config.loop, config.parallel.pp)
-    scheduler = Scheduler(
-        config,
+    loop_name, loop = build_loop(config)
+    setting = Setting(
+        loop=loop_name,
+        vocab_size=model.vocab,
         kv_tokens=kv_tokens,
         context_length=context_length,
-        vocab_size=model.vocab,
         seed=scenario.seed,
-        policy=_own_policy(config.policy, base_dir),
-        strategy=_own_strategy(config.batching, base_dir),
-        recorder=recorder,
-        checks=checks,
     )
+    scheduler = build_scheduler(config, setting, checks=checks)
     capacity_tokens = scheduler.memory.allocator.capacity_tokens
     workload = build_workload(
         scenario.workload,
@@ -131,9 +124,33 @@ def build_engine(scenario: Scenario, *, checks: Checks = "delta", real: DeviceIn
         loop_name=loop_name,
         loop=loop,
         scheduler=scheduler,
-        recorder=recorder,
+        recorder=scheduler.recorder,
         workload=workload,
         oracle=Oracle(scenario.seed, model.vocab, scheduler.memory.slots.count),
+    )
+
+
+def build_loop(config: EngineConfig) -> tuple[str, EventLoop]:
+    """The event loop that ``config`` names, and its resolved name. Raises InputError when there is none."""
+    if is_plugin(config.loop):
+        return config.loop, load_coroutine(config.loop, Path.cwd(), where="engine.loop", takes=("loop",))
+    return find_loop(config.loop, config.parallel.pp)
+
+
+def build_scheduler(config: EngineConfig, setting: Setting, *, checks: Checks = "delta") -> Scheduler:
+    """The scheduler of an engine. Its journal begins with ``setting``: what replaying needs beside the scenario."""
+    recorder = Recorder()
+    recorder.journal.setting = setting
+    return Scheduler(
+        config,
+        kv_tokens=setting.kv_tokens,
+        context_length=setting.context_length,
+        vocab_size=setting.vocab_size,
+        seed=setting.seed,
+        policy=_own_policy(config.policy, Path.cwd()),
+        strategy=_own_strategy(config.batching, Path.cwd()),
+        recorder=recorder,
+        checks=checks,
     )
 
 
@@ -242,9 +259,7 @@ def check_real(scenario: Scenario) -> EngineOptions:
     may take minutes to load. Raises InputError."""
     options = engine_options(scenario)
     kv_tokens = min(scenario.engine.kv_tokens or SOME_TOKENS, SOME_TOKENS)
-    build_engine(
-        scenario.model_copy(update={"engine": scenario.engine.model_copy(update={"kv_tokens": kv_tokens})})
-    )
+    build_engine(scenario.model_copy(update={"engine": scenario.engine.model_copy(update={"kv_tokens": kv_tokens})}))
     return options
 
 

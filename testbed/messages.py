@@ -1,11 +1,15 @@
-"""What enters and leaves a scheduler. Plain data: a message can be recorded, sent between processes and replayed."""
+"""What enters and leaves a scheduler. Plain data: a message can be recorded, sent between processes and replayed.
+
+What enters travels as msgpack (``encode_message``, ``decode_message``): typed, never pickled.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,17 +25,13 @@ class Segment(NamedTuple):
     length: int
 
 
-class Prompt:
+class Prompt(msgspec.Struct, eq=False, tag=True, forbid_unknown_fields=True):
     """A prompt that is made when it is first looked at: its length is free, its ids cost memory only while it lives."""
 
-    __slots__ = ("length", "segments")
-
-    def __init__(self, segments: Sequence[Segment]) -> None:
-        self.segments = tuple(segments)
-        self.length = sum(segment.length for segment in self.segments)
+    segments: Sequence[Segment]
 
     def __len__(self) -> int:
-        return self.length
+        return sum(segment.length for segment in self.segments)
 
     def ids(self, vocab_size: int) -> NDArray[np.int32]:
         """The token ids, int32 [length]."""
@@ -39,24 +39,27 @@ class Prompt:
         return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0, np.int32)
 
 
-class TokenPrompt:
+class TokenPrompt(msgspec.Struct, eq=False, tag=True, forbid_unknown_fields=True):
     """A prompt given as ids (from a tokenizer)."""
 
-    __slots__ = ("_ids",)
+    tokens: NDArray[np.int32]
 
-    def __init__(self, ids: Sequence[int] | NDArray[np.int32]) -> None:
-        self._ids = np.asarray(ids, dtype=np.int32)
+    def __post_init__(self) -> None:
+        self.tokens = np.asarray(self.tokens, dtype=np.int32)
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self.tokens)
 
     def ids(self, vocab_size: int) -> NDArray[np.int32]:
         """The token ids, int32 [length]; ``vocab_size`` is not used."""
-        return self._ids
+        return self.tokens
 
 
-@dataclass(slots=True, frozen=True)
-class GenerateRequest:
+class _Incoming(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, forbid_unknown_fields=True):
+    """Something that a scheduler receives."""
+
+
+class GenerateRequest(_Incoming, frozen=True):
     """Generate up to ``max_new_tokens`` after ``prompt``. The true output length is not here: the executor knows it."""
 
     rid: str
@@ -77,47 +80,40 @@ class GenerateRequest:
     """And of the prompt's tokens behind this position; -1: none."""
 
 
-@dataclass(slots=True, frozen=True)
-class BatchGenerateRequest:
+class BatchGenerateRequest(_Incoming, frozen=True):
     """Several requests in one message; the same as each of them alone, in order."""
 
     requests: tuple[GenerateRequest, ...]
 
 
-@dataclass(slots=True, frozen=True)
-class AbortRequest:
+class AbortRequest(_Incoming, frozen=True):
     """Abort the request ``rid`` (exactly this id), or every request."""
 
     rid: str = ""
     abort_all: bool = False
 
 
-@dataclass(slots=True, frozen=True)
-class FlushCache:
+class FlushCache(_Incoming, frozen=True):
     """Empty the prefix cache; refused, without effect, unless the scheduler is fully idle."""
 
 
-@dataclass(slots=True, frozen=True)
-class GetInternalState:
+class GetInternalState(_Incoming, frozen=True):
     """Ask for queue lengths, pool use and the settings in force."""
 
 
-@dataclass(slots=True, frozen=True)
-class SetInternalState:
+class SetInternalState(_Incoming, frozen=True):
     """Change settings that may change while running; names outside the list are refused."""
 
-    settings: dict[str, int | float] = field(default_factory=dict)
+    settings: dict[str, int | float] = {}
 
 
-@dataclass(slots=True, frozen=True)
-class SlowDown:
+class SlowDown(_Incoming, frozen=True):
     """Sleep this long before every launch; 0 or less turns it off."""
 
     forward_sleep_ns: int
 
 
-@dataclass(slots=True, frozen=True)
-class Timer:
+class Timer(_Incoming, frozen=True):
     """A message that a loop posts to itself."""
 
     name: str
@@ -133,6 +129,31 @@ Message = (
     | SlowDown
     | Timer
 )
+
+
+def _from_array(value: Any) -> bytes:
+    if isinstance(value, np.ndarray):
+        return value.astype("<i4").tobytes()
+    raise NotImplementedError(f"{type(value).__name__} is no part of a message")
+
+
+def _to_array(kind: Any, value: Any) -> NDArray[np.int32]:
+    return np.frombuffer(value, "<i4").astype(np.int32)
+
+
+_encoder = msgspec.msgpack.Encoder(enc_hook=_from_array)
+_decoder = msgspec.msgpack.Decoder(Message, dec_hook=_to_array)
+
+
+def encode_message(message: Message) -> bytes:
+    """As msgpack: a map with the class's name under ``type``; defaults are left out, token ids are int32 in bytes."""
+    return _encoder.encode(message)
+
+
+def decode_message(data: bytes) -> Message:
+    """The message in ``data``. Raises ValueError for anything that is not exactly one."""
+    decoded: Message = _decoder.decode(data)
+    return decoded
 
 
 class Logprobs:

@@ -20,7 +20,7 @@ from typing import Annotated
 import typer
 
 import testbed
-from testbed.cli import compare, model, presets, report, run, simulate, trace, validate
+from testbed.cli import compare, model, presets, replay, report, run, simulate, trace, validate
 from testbed.scenario.errors import InputError
 
 OK, MISSED, WRONG_INPUT, INTERNAL, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 130, 141
@@ -49,7 +49,15 @@ def _options(
     """Try LLM-serving strategies in virtual time; confirm them on a GPU."""
 
 
-for _command in (simulate.simulate, run.run, validate.validate, compare.compare, report.report, presets.presets):
+for _command in (
+    simulate.simulate,
+    run.run,
+    validate.validate,
+    compare.compare,
+    replay.replay,
+    report.report,
+    presets.presets,
+):
     app.command()(_command)
 app.add_typer(model.app, name="model")
 app.add_typer(trace.app, name="trace")

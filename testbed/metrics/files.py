@@ -18,11 +18,15 @@ from typing import Any
 import numpy as np
 
 from testbed.metrics.columns import token_owner
+from testbed.metrics.journal import Journal
 from testbed.metrics.records import REQUEST_COLUMNS, SPAN_COLUMNS, STEP_COLUMNS, Column, Records
 from testbed.scenario.errors import InputError
 
-FORMAT = 1
+FORMAT = 2
 """Version of the folder's layout; written to ``run.json``."""
+
+JOURNAL = "journal.bin"
+SEAL = "run.sha256"
 
 TOKEN_COLUMNS = {"request": "index of the request in requests", "time_ns": "when the token was sent"}
 TABLES = {"requests": REQUEST_COLUMNS, "steps": STEP_COLUMNS, "spans": SPAN_COLUMNS, "tokens": TOKEN_COLUMNS}
@@ -59,6 +63,8 @@ def write_records(records: Records, folder: Path, parquet: bool | None = None) -
         else:
             _write_csv(columns, folder / f"{name}.csv")
     (folder / "decisions.bin").write_bytes(records.decisions)
+    if records.journal is not None and records.journal.setting is not None:
+        (folder / JOURNAL).write_bytes(records.journal.to_bytes())
 
 
 def _write_parquet(columns: Mapping[str, Column], path: Path) -> None:
@@ -100,7 +106,25 @@ def read_records(folder: Path, counters: dict[str, int]) -> Records:
     offsets = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=requests))]).astype(np.int64)
     decisions = read_bytes(folder / "decisions.bin")
     times = np.asarray(tables["tokens"]["time_ns"], dtype=np.int64)
-    return Records(tables["requests"], tables["steps"], tables["spans"], offsets, times, decisions, counters)
+    return Records(
+        requests=tables["requests"],
+        steps=tables["steps"],
+        spans=tables["spans"],
+        token_offsets=offsets,
+        token_times_ns=times,
+        decisions=decisions,
+        journal=_read_journal(folder / JOURNAL),
+        counters=counters,
+    )
+
+
+def _read_journal(path: Path) -> Journal | None:
+    if not path.exists():
+        return None
+    try:
+        return Journal.from_bytes(read_bytes(path))
+    except ValueError as error:  # msgspec's own errors are subclasses of it
+        raise InputError(f"the file is damaged: {error}", where=str(path)) from error
 
 
 def _read_table(folder: Path, name: str, known: tuple[str, ...]) -> dict[str, Column]:
@@ -165,6 +189,23 @@ def check_digests(folder: Path, expected: Mapping[str, str]) -> None:
     for name, digest in expected.items():
         if sha256(read_bytes(folder / name)).hexdigest() != digest:
             raise InputError("the file is damaged: its content is not what was written", where=str(folder / name))
+
+
+def seal(folder: Path) -> None:
+    """Write the digest of ``run.json``, which holds those of all other files."""
+    (folder / SEAL).write_text(f"{_run_digest(folder)}  run.json\n", encoding="utf-8")
+
+
+def check_seal(folder: Path) -> None:
+    """Raise InputError where ``run.json`` or its digest is not what was written."""
+    if read_bytes(folder / SEAL).decode("utf-8", "replace") != f"{_run_digest(folder)}  run.json\n":
+        raise InputError(
+            f"the file is not what was written: its digest is not in {SEAL}", where=str(folder / "run.json")
+        )
+
+
+def _run_digest(folder: Path) -> str:
+    return sha256(read_bytes(folder / "run.json")).hexdigest()
 
 
 def write_json(content: Any, path: Path) -> None:

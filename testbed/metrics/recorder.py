@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from testbed.batch import Batch, StepResult
+from testbed.metrics.journal import Journal
 from testbed.metrics.records import REQUEST_COLUMNS, Column, Records
 from testbed.request import NEVER, Request
 
@@ -43,6 +44,8 @@ class Recorder:
 
     def __init__(self, replica: int = 0) -> None:
         self.replica = replica
+        self.journal = Journal()
+        """What entered the scheduler."""
         self.advance_times = array("q")
         """When the tokens of decode step k were sent: element k - 1 (steps are counted as RunningBatch.advance)."""
         self.counters: dict[str, int] = {}
@@ -57,8 +60,9 @@ class Recorder:
         """Add to a whole-run counter."""
         self.counters[name] = self.counters.get(name, 0) + by
 
-    def step(self, batch: Batch, result: StepResult) -> None:
-        """A launched batch whose result has been processed; called in launch order."""
+    def step(self, batch: Batch, result: StepResult, sent_ns: int) -> None:
+        """A launched batch whose result has been processed, and its tokens sent; called in launch order."""
+        self.journal.stepped(result, sent_ns)
         shape = batch.shape
         self._steps.extend(
             (
@@ -131,6 +135,7 @@ class Recorder:
             token_offsets=offsets,
             token_times_ns=times,
             decisions=decisions,
+            journal=self.journal,
             counters=dict(sorted(self.counters.items())),
         )
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from testbed.metrics.journal import Journal
+
 Column = NDArray[np.int64] | NDArray[np.float64] | list[str]
 
 REQUEST_COLUMNS = {
@@ -88,6 +90,8 @@ class Records:
     token_times_ns: NDArray[np.int64]
     decisions: bytes
     """The decision log (format: ``docs/decision_log.md``)."""
+    journal: Journal | None = None
+    """What entered the scheduler, for ``testbed replay``; None in runs that were made without."""
     counters: dict[str, int] = field(default_factory=dict)
     """Whole-run counts: loop iterations, empty iterations, invariant checks by id, evictions, ..."""
 

@@ -221,6 +221,7 @@ class Run:
             "provenance": self.meta.get("provenance", {}),
         }
         files.write_json(content, folder / "run.json")
+        files.seal(folder)
         self.folder = folder
         if empty is not None:
             raise empty
@@ -243,6 +244,7 @@ class Run:
                 where=str(folder / "run.json"),
                 remedy=f"This version reads format {files.FORMAT}.",
             )
+        files.check_seal(folder)
         files.check_digests(folder, content.get("files", {}))
         scenario = files.read_yaml(folder / "scenario.resolved.yaml")
         records = files.read_records(folder, dict(content.get("counters", {})))

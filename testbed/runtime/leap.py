@@ -124,7 +124,7 @@ class Leaper:
         recorder = scheduler.recorder
         if in_flight:
             running.commit(scheduler.in_flight[0], runtime.last_result.token_ids)
-            recorder.step(scheduler.in_flight[0], runtime.last_result)
+            recorder.step(scheduler.in_flight[0], runtime.last_result, int(sent[0]))
         done = steps - in_flight
         running.store_outputs(tokens[:done])
         pages, free_tokens = self._take_pages(steps)
@@ -137,6 +137,8 @@ class Leaper:
         }
         recorder.steps_at_once(records, ratios, done)
         recorder.advance_times.frombytes(sent.tobytes())
+        recorder.journal.stamps.frombytes(now.tobytes())
+        recorder.journal.sent.frombytes(sent[in_flight:].tobytes())
         self._record_spans(times)
         scheduler.decision_log.append_decodes(rows, pages)
         scheduler.steps += steps

@@ -53,6 +53,7 @@ class VirtualRuntime:
         self.cost_model = cost_model
         self.host = host
         self._span = recorder.span
+        self._journal = recorder.journal
         self._prices: dict[int, int] = {}
         self._last_launched: _Launched | None = None
         self.leap: Callable[[], None] | None = None
@@ -125,9 +126,11 @@ class VirtualRuntime:
             await wait(self._waiting_for_message)
             self.local_ns = int(self.env.now)
         if not self._delivered:
+            self._journal.stamp(self.local_ns)
             return self.local_ns, []
         messages = list(self._delivered)
         self._delivered.clear()
+        self._journal.received(self.local_ns, messages)
         return self.local_ns, messages
 
     def post_at(self, when_ns: int, message: Message) -> None:
@@ -182,7 +185,9 @@ class VirtualRuntime:
     def launch(self, batch: Batch, defer_sampling: bool = False) -> _Launched:
         """See ports.Executor. An in-order device: a batch starts when it is launched and the device is free."""
         cost = price_batch(self.cost_model, batch)
-        launch_ns = self.host.launch_ns(cost.kernels, cost.graph) + self.host.price(Stage.LAUNCH, batch.rows)
+        new_tokens = sum(batch.shape.new_tokens) if batch.prefills else 0
+        launch_ns = self.host.launch_ns(cost.kernels, cost.graph)
+        launch_ns += self.host.price(Stage.LAUNCH, batch.rows, new_tokens)
         begin = self.local_ns
         if launch_ns:
             self.local_ns = begin + launch_ns

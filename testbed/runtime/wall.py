@@ -84,8 +84,7 @@ class Device(Protocol):
     """What computes, in the order of its launches."""
 
     def work(self, batch: Batch, defer_sampling: bool) -> Work:
-        """A batch to be started. What is computed here (prices, the oracle's tokens) is in nobody's span: an engine on
-        its own would not do it."""
+        """A batch to be started. What is computed here (prices, the oracle's tokens) is part of the launch."""
         ...
 
 
@@ -109,6 +108,8 @@ class WallRuntime:
         self.traffic = traffic
         self._device = device
         self._recorder = recorder
+        self._journal = recorder.journal
+        self._journal.keeps_tokens = True
         self._inject = inject
         self._due: list[tuple[int, int, Message | TimedRequest]] = []
         """Heap of (when, serial, what): requests not sent yet, timers."""
@@ -168,6 +169,7 @@ class WallRuntime:
             self.clock.wait_until(self._due[0][0])
             self._mark_ns = now = self.now_ns()
             messages = self._delivered(now)
+        self._journal.received(now, messages)
         return now, messages
 
     def post_at(self, when_ns: int, message: Message) -> None:
@@ -201,20 +203,22 @@ class WallRuntime:
         self._mark_ns = now
 
     async def sleep(self, duration_ns: int) -> None:
-        """See ports.Cpu."""
+        """See ports.Cpu. The time is in nobody's span."""
         self.clock.wait_until(self.now_ns() + duration_ns)
+        self._mark_ns = self.now_ns()
 
     # -- Executor -----------------------------------------------------------------------------------------------------
 
     def launch(self, batch: Batch, defer_sampling: bool = False) -> _Running:
         """See ports.Executor."""
+        begin = self._mark_ns
         work = self._device.work(batch, defer_sampling)
-        begin = self._mark_ns = self.now_ns()
         work.start()
         least = 0
         if self._inject is not None and work.cost is not None:
+            new_tokens = sum(batch.shape.new_tokens) if batch.prefills else 0
             least = self._inject.launch_ns(work.cost.kernels, work.cost.graph)
-            least += self._inject.price(Stage.LAUNCH, batch.rows)
+            least += self._inject.price(Stage.LAUNCH, batch.rows, new_tokens)
         self._close_span(Stage.LAUNCH, least)
         work.launched(begin, self._mark_ns)
         self.charge(Stage.SAMPLE, batch.rows)

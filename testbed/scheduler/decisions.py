@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from struct import Struct
 
 import numpy as np
@@ -71,6 +72,10 @@ class DecisionLog:
             data += _STEP.pack(ForwardMode.DECODE, SAME_ROWS, 0, rows, 0, len(part), 0)
             data += part.tobytes()
 
+    def tail(self, start: int) -> bytes:
+        """The log from byte ``start`` on."""
+        return bytes(self._data[start:])
+
     def bytes(self) -> bytes:
         """The log so far."""
         return bytes(self._data)
@@ -119,6 +124,14 @@ def read_decisions(log: bytes) -> Iterator[Decision]:
         victims = take(retracted)
         triples = [(parts[i], parts[i + 1], parts[i + 2]) for i in range(0, len(parts), 3)]
         yield Decision(ForwardMode(mode), triples, rows if decodes else [], victims, take(pages), evicted)
+
+
+def decision_at(log: bytes, step: int) -> Decision | None:
+    """The decision of one step; None where the log has ended before it, or cannot be read so far."""
+    try:
+        return next(islice(read_decisions(log), step, None), None)
+    except ValueError:
+        return None
 
 
 def first_difference(one: bytes, other: bytes) -> tuple[int, Decision | None, Decision | None] | None:

@@ -608,7 +608,7 @@ class Scheduler:
             recorder.advance_times.append(sent_ns)
         for request in ended:
             recorder.ended(request, len(request.output_ids), sent_ns)
-        recorder.step(batch, result)
+        recorder.step(batch, result, sent_ns)
         if self.invariants.every_step:
             self.invariants.full()
 
