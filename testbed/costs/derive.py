@@ -212,7 +212,7 @@ def _aiconfigurator(kernels: Kernels, measured: Path) -> dict[str, Any]:
     prefill = prefill[(prefill["attn_dtype"] == "bfloat16") & (prefill["kv_cache_dtype"] == "bfloat16")]
     tables: dict[str, Any] = {
         "gemm": {dtype: _gemm_grid(gemm[gemm["gemm_dtype"] == dtype]) for dtype in dtypes},
-        "prefill": [_prefill(key, part) for key, part in by_heads(prefill)],
+        "prefill": {"bfloat16": [_prefill(key, part) for key, part in by_heads(prefill)]},
         "decode": {
             dtype: [_decode(key, part, kernels.l2_bytes, size) for key, part in by_heads(_of_kv(decode, dtype))]
             for dtype, size in (("bfloat16", 2), ("fp8", 1))
@@ -340,9 +340,9 @@ def _llmservingsim(folder: Path, models: dict[str, str], l2_bytes: float) -> dic
     gemm = {"m": list(GEMM_M), "shapes": [list(shape) for shape in order], "ns": [shapes[shape] for shape in order]}
     return {
         "gemm": {"bfloat16": gemm},
-        "prefill": [prefill[key] for key in sorted(prefill)],
+        "prefill": {"bfloat16": [prefill[key] for key in sorted(prefill)]},
         "decode": {"bfloat16": [decode[key] for key in sorted(decode)]},
-        "mixed_decode": [mixed[key] for key in sorted(mixed)],
+        "mixed_decode": {"bfloat16": [mixed[key] for key in sorted(mixed)]},
         **tables,
     }
 

@@ -134,8 +134,9 @@ def _profile_errors(name: str, folder: Path, models: dict[str, str], measured: P
 def _mixed_errors(
     frame: pd.DataFrame, tables: dict[str, Any], heads: tuple[int, int, int]
 ) -> Iterator[tuple[tuple[str, str], Values]]:
-    prefill = PrefillAttention(tables["prefill"], *heads)
-    whole = PrefillAttention([{k: v for k, v in t.items() if k != "prefix"} for t in tables["prefill"]], *heads)
+    measured = tables["prefill"]["bfloat16"]
+    prefill = PrefillAttention(measured, *heads)
+    whole = PrefillAttention([{k: v for k, v in table.items() if k != "prefix"} for table in measured], *heads)
     decode = DecodeAttention(tables["decode"]["bfloat16"], *heads)
     curves = {n: decode.curve(int(n), lambda _: 0.0) for n in frame["n_decode"].unique() if n}
     pure = frame[frame["prefill_chunk"] == 0].pivot_table(index="n_decode", columns="kv_decode", values="ns")
@@ -153,7 +154,7 @@ def _mixed_errors(
         yield ("prefill behind a prefix", f"table, chunks {size} 512"), by_table / times - 1
         yield ("prefill behind a prefix", f"rule of equal work alone, chunks {size} 512"), by_work / times - 1
     both = frame[(frame["n_decode"] > 0) & (frame["prefill_chunk"] > 0)]
-    beside = DecodeAttention(tables["mixed_decode"], *heads)
+    beside = DecodeAttention(tables["mixed_decode"]["bfloat16"], *heads)
     mixed = {n: beside.curve(int(n), lambda _: 0.0) for n in curves}
     rows = both[["prefill_chunk", "kv_prefill", "n_decode", "kv_decode"]].to_numpy().tolist()
     first: Values = np.array([prefill.at([n], [p]) for n, p, _, _ in rows])

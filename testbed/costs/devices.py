@@ -1,4 +1,8 @@
-"""A device: its datasheet, its measured operator tables, and the formula for what is not measured."""
+"""A device: its peaks, its measured operator tables, and the formula for what is not measured.
+
+The peaks of a preset are those of its datasheet; those of a profile that ``testbed calibrate`` wrote are the ceilings
+that it measured.
+"""
 
 from __future__ import annotations
 
@@ -41,9 +45,9 @@ class DeviceProfile:
     device: str
     memory_bytes: int
     bytes_per_ns: float
-    """Datasheet memory bandwidth."""
+    """Peak memory bandwidth."""
     flops_per_ns: dict[str, float]
-    """Datasheet peak by dtype, dense."""
+    """Peak by dtype, dense."""
     link_bytes_per_ns: float
     """To the other devices of the node, one direction."""
     devices_per_node: int
@@ -52,7 +56,12 @@ class DeviceProfile:
     """Where between its time at the mean and at the longest context decode attention of unequal rows lies, 0 to 1."""
     source: str
     tables: dict[str, Any] = field(default_factory=dict, repr=False)
-    """Operator tables as ``testbed.costs.derive`` writes them; an operator without an entry is priced by formula."""
+    """Operator tables as ``testbed.costs.tables`` describes them; an operator without one is priced by formula."""
+    launches_per_step: int | None = None
+    """Submissions of a step on a device behind a queue, whatever the step computes (a worker process takes one); such a
+    device has no CUDA graphs. None: every kernel of an eager step is launched."""
+    fit: dict[str, Any] = field(default_factory=dict, repr=False)
+    """How well the tables fit what they were made from, as ``testbed calibrate`` found it."""
 
     def peak(self, dtype: str) -> float:
         """FLOP a nanosecond of ``dtype``; InputError when the device does not compute in it."""
@@ -63,7 +72,7 @@ class DeviceProfile:
         return self.flops_per_ns[dtype]
 
     def roofline_ns(self, flops: float, size_bytes: float, dtype: str) -> float:
-        """The least time of an operator: 100 % of the datasheet's peaks."""
+        """The least time of an operator: 100 % of the peaks."""
         return max(flops / self.peak(dtype), size_bytes / self.bytes_per_ns)
 
     def formula_ns(self, flops: float, size_bytes: float, dtype: str) -> float:
@@ -124,7 +133,7 @@ def number(data: dict[str, Any], field_name: str, where: str, least: float = 0.0
 
 _FIELDS = {
     "name", "device", "memory_mib", "bandwidth_gb_s", "tflops", "link_gb_s", "devices_per_node", "tables", "source",
-    "formula", "decode_skew",
+    "formula", "decode_skew", "launches_per_step", "fit",
 }  # fmt: skip
 
 
@@ -143,7 +152,13 @@ def _profile(data: dict[str, Any], path: Path) -> DeviceProfile:
         table_path = path.parent / str(data["tables"])
         if not table_path.is_file():
             raise InputError(f"no file {table_path}", where=f"{where}: tables", remedy="a file, or leave it out")
-        tables = json.loads(table_path.read_text(encoding="utf-8"))
+        tables = _read_tables(table_path)
+    launches = data.get("launches_per_step")
+    fit = data.get("fit") or {}
+    if not isinstance(fit, dict):
+        raise InputError(
+            "not a mapping", where=f"{where}: fit", remedy="leave it out, or as testbed calibrate writes it"
+        )
     tiny = 1e-9
     return DeviceProfile(
         name=str(data.get("name", path.stem)),
@@ -164,4 +179,16 @@ def _profile(data: dict[str, Any], path: Path) -> DeviceProfile:
         decode_skew=number(data, "decode_skew", where, 0, 1),
         source=str(data.get("source", "")),
         tables=tables,
+        launches_per_step=None if launches is None else int(number(data, "launches_per_step", where, 1)),
+        fit=fit,
     )
+
+
+def _read_tables(path: Path) -> dict[str, Any]:
+    try:
+        tables = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"not JSON: {error}", where=str(path), remedy="calibrate or derive it again") from error
+    if not isinstance(tables, dict):
+        raise InputError("not a mapping of operators", where=str(path), remedy="calibrate or derive it again")
+    return tables

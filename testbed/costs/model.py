@@ -64,8 +64,8 @@ class OperatorCostModel:
         self.operators = Operators(model, device, engine, stage)
         self._skew = device.decode_skew
         largest = engine.cuda_graph_max_bs or largest_captured(device.memory_bytes)
-        self._captured = captured_sizes(largest) if engine.cuda_graph else []
-        self._kernels = self.operators.kernels
+        self._captured = captured_sizes(largest) if engine.cuda_graph and device.launches_per_step is None else []
+        self._kernels = device.launches_per_step or self.operators.kernels
         self._linear: dict[tuple[int, bool], float] = {}
         self._head: dict[int, float] = {}
         self._mixed: dict[int, Curve] = {}
@@ -76,8 +76,9 @@ class OperatorCostModel:
         new_tokens, _, decodes, context_tokens, context_max = shape
         if not new_tokens:
             return self.price_decode(decodes, context_tokens, context_max) if decodes else StepCost(0, 0, False)
-        total = self._linear_ns(sum(new_tokens) + decodes, False) + self._head_ns(len(new_tokens) + decodes)
-        total += sum(self._attention_ns(shape))
+        tokens = sum(new_tokens) + decodes
+        total = self._linear_ns(tokens, False) + self._head_ns(len(new_tokens) + decodes)
+        total += sum(self._attention_ns(shape)) + self.operators.step_ns("prefill", tokens)
         return StepCost(int(total), self._kernels, False)
 
     def price_decode(self, rows: int, context_tokens: int, context_max: int) -> StepCost:
@@ -93,6 +94,7 @@ class OperatorCostModel:
         tokens, graph = self._padded(rows)
         curve = self.operators.decode_curve(rows)
         base = self._linear_ns(tokens, graph) + self._head_ns(tokens)
+        base += self.operators.step_ns("graph" if graph else "eager", tokens)
         self._decode[rows] = kept = (base, curve.xs, curve.ys, curve.slopes, graph)
         return kept
 
@@ -141,12 +143,17 @@ class OperatorCostModel:
         tokens, rows, graph = sum(shape.new_tokens) + shape.decodes, len(shape.new_tokens) + shape.decodes, False
         if not rows:
             return {}
+        kind = "prefill"
         if not shape.new_tokens:
             tokens, graph = self._padded(rows)
-            rows = tokens
+            rows, kind = tokens, "graph" if graph else "eager"
         parts = self.operators.linear_ns(tokens, graph) | self.operators.head_ns(rows)
         prefill, decode = self._attention_ns(shape)
-        parts |= {"prefill_attention": prefill, "decode_attention": decode}
+        parts |= {
+            "prefill_attention": prefill,
+            "decode_attention": decode,
+            "step": self.operators.step_ns(kind, tokens),
+        }
         return {name: int(ns) for name, ns in parts.items() if ns}
 
     def unmeasured(self) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,13 @@ _M = [1 << i for i in range(16)]
 _HALF = ("bfloat16", "float16")
 _SAMPLING_KERNELS = 6
 """Temperature, softmax, sampling and the copies around them: a guess."""
+_LAYER_SMALL = {"norms": ("norms",), "rope_kv_write": ("rope", "kv_write", "qk_norm"), "activation": ("activation",)}
+"""Elementwise operators of a layer as they are measured, each with what it does of ``small_operators``."""
+
+
+def _of_dtype(tables: dict[str, Any], dtype: str) -> Any:
+    """What is measured in ``dtype``; where float16 is not, bfloat16 stands for it."""
+    return tables.get(dtype) or (tables.get("bfloat16") if dtype in _HALF else None)
 
 
 class Operators:
@@ -59,6 +66,9 @@ class Operators:
         self._decode = self._decode_attention()
         self._mixed = self._mixed_attention()
         self._reduce = {graph: self._all_reduce(graph) for graph in (True, False)} if self.tp > 1 else {}
+        self._elementwise = self._measured_elementwise()
+        self._sampling = self._measured_sampling()
+        self._step = self._measured_step()
         self._note_formulas()
 
     # ---- shapes ------------------------------------------------------------------------------------------------------
@@ -124,14 +134,15 @@ class Operators:
         def roofline(m: float, n: int, k: int) -> float:
             return max(2.0 * m * n * k / peak, n * k / weights_per_ns)
 
-        data = self.device.tables.get("gemm", {}).get("bfloat16" if dtype in _HALF else dtype)
+        tables = self.device.tables.get("gemm", {})
+        data = _of_dtype(tables, dtype)
         if data is None:
             self.unmeasured.append(f"{name} GEMM in {dtype}: formula")
             size = DTYPE_BYTES[dtype]
             times = [self.device.formula_ns(2.0 * m * n * k, size * (n * k + m * (n + k)), dtype) for m in _M]
             return Curve(_M, times)
         table = GemmTable(data)
-        if dtype == "float16":
+        if dtype not in tables:
             self.unmeasured.append(f"{name} GEMM in float16: the table of bfloat16")
         if not table.holds(n, k):
             self.unmeasured.append(f"{name} GEMM n={n} k={k}: utilisation of the nearest measured shape")
@@ -153,7 +164,7 @@ class Operators:
             return max(6.0 * tokens * topk * hidden * width / peak, 3.0 * active * hidden * width / per_ns)
 
         shape = (model.hidden, self.expert_width, model.experts_per_token, model.experts)
-        data = self.device.tables.get("moe", {}).get("bfloat16" if dtype in _HALF else dtype)
+        data = _of_dtype(self.device.tables.get("moe", {}), dtype)
         if data is None:
             self.unmeasured.append(f"routed experts in {dtype}: formula")
             formula = self.device.formula
@@ -169,8 +180,8 @@ class Operators:
         return Curve(curve.xs, [y / self.ep for y in curve.ys])
 
     def _prefill_attention(self) -> PrefillAttention | None:
-        data = self.device.tables.get("prefill")
-        if not data or self.dtype not in _HALF:
+        data = _of_dtype(self.device.tables.get("prefill", {}), self.dtype)
+        if not data:
             self.unmeasured.append(f"prefill attention in {self.dtype}: formula")
             return None
         table = PrefillAttention(data, self.heads, self.kv_heads, self.model.head_dim)
@@ -178,13 +189,13 @@ class Operators:
             self.unmeasured.append("prefill attention: nearest measured heads, batch scaled to them")
         if not table.measures_prefix:
             self.unmeasured.append("prefill attention behind a cached prefix: as the whole prompt of equal work")
-        if self.kv_dtype not in _HALF:
-            self.unmeasured.append(f"prefill attention with {self.kv_dtype} KV: the table of bfloat16")
+        if self.kv_dtype not in (self.dtype, *_HALF):
+            self.unmeasured.append(f"prefill attention with {self.kv_dtype} KV: the table of {self.dtype}")
         return table
 
     def _decode_attention(self) -> DecodeAttention | None:
-        data = self.device.tables.get("decode", {}).get("bfloat16" if self.kv_dtype in _HALF else self.kv_dtype)
-        if not data or self.dtype not in _HALF:
+        data = self._of_kv("decode")
+        if not data:
             self.unmeasured.append(f"decode attention in {self.dtype} with {self.kv_dtype} KV: formula")
             return None
         table = DecodeAttention(data, self.heads, self.kv_heads, self.model.head_dim)
@@ -193,11 +204,18 @@ class Operators:
         return table
 
     def _mixed_attention(self) -> DecodeAttention | None:
-        data = self.device.tables.get("mixed_decode")
-        if not data or self.dtype not in _HALF or self.kv_dtype not in _HALF:
+        data = self._of_kv("mixed_decode")
+        if not data:
             self.unmeasured.append("attention of a batch that prefills and decodes: the sum of its parts")
             return None
         return DecodeAttention(data, self.heads, self.kv_heads, self.model.head_dim)
+
+    def _of_kv(self, operator: str) -> list[dict[str, Any]] | None:
+        """Tables of decode attention by dtype of the KV. Computing is in half precision but for KV in float32."""
+        if (self.dtype == "float32") != (self.kv_dtype == "float32"):
+            return None
+        found: list[dict[str, Any]] | None = _of_dtype(self.device.tables.get(operator, {}), self.kv_dtype)
+        return found
 
     def _all_reduce(self, graph: bool) -> Curve:
         """Time over elements. An eager call costs on the device what the graph's does, plus its copy into the shared
@@ -218,10 +236,59 @@ class Operators:
             times = [max(g, g0) for g, g0 in zip(in_graph, (e - eager[0] + in_graph[0] for e in eager), strict=True)]
         return Curve(data["elements"], times).raised(lambda x: x * size / device.link_bytes_per_ns)
 
+    def elementwise_bytes(self) -> dict[str, int]:
+        """Bytes that a token moves in each operator of the table ``elementwise``, one layer of it."""
+        small = self.small_operators()
+        moved = {
+            name: sum(small[part][0] for part in parts if part in small)
+            for name, parts in _LAYER_SMALL.items()
+            if parts[0] in small
+        }
+        return {**moved, "embedding": 2 * self.model.hidden * self.size}
+
+    def _measured_elementwise(self) -> dict[str, Curve]:
+        """Time over tokens of the elementwise operators; empty where they are not measured."""
+        data, moved = _of_dtype(self.device.tables.get("elementwise", {}), self.dtype), self.elementwise_bytes()
+        if data is None or moved.keys() - data.keys():
+            self.unmeasured.append("norms, rope, KV write, activation, embedding: bytes at a stated efficiency")
+            return {}
+        if any(data[name]["token_bytes"] != token_bytes for name, token_bytes in moved.items()):
+            self.unmeasured.append(
+                "norms, rope, KV write, activation, embedding: by the bytes of another model's tokens"
+            )
+        return {name: self._by_bytes(data[name], token_bytes) for name, token_bytes in moved.items()}
+
+    def _by_bytes(self, data: dict[str, Any], token_bytes: int) -> Curve:
+        """Time over tokens of ``token_bytes`` each: equal bytes cost alike."""
+        tokens = [t * data["token_bytes"] / token_bytes for t in data["tokens"]]
+        return Curve(tokens, data["ns"]).raised(lambda t: t * token_bytes / self.device.bytes_per_ns)
+
+    def _measured_sampling(self) -> Curve | None:
+        """Time over rows, where measured; equal logits cost alike."""
+        data, vocab = self.device.tables.get("sampling"), self.model.vocab
+        if data is None:
+            self.unmeasured.append("sampling: a constant and the logits' bytes")
+            return None
+        if data["vocab"] != vocab:
+            self.unmeasured.append(f"sampling: by the logits of a vocabulary of {data['vocab']}")
+        rows = [r * data["vocab"] / vocab for r in data["rows"]]
+        return Curve(rows, data["ns"]).raised(lambda r: 4.0 * r * vocab / self.device.bytes_per_ns)
+
+    def _measured_step(self) -> dict[str, Curve]:
+        """What a step takes beyond its operators, over its tokens, for each kind of step that is measured."""
+        data = self.device.tables.get("step")
+        if data is None:
+            return {}
+        share = self.layers / data["layers"]
+        if share != 1:
+            self.unmeasured.append(f"a step beyond its operators: as with {data['layers']} layers, in proportion")
+        kinds = {kind: part for kind, part in data.items() if kind != "layers"}
+        return {kind: Curve(part["tokens"], [share * t for t in part["ns"]]) for kind, part in kinds.items()}
+
     def _note_formulas(self) -> None:
-        self.unmeasured.append("norms, rope, KV write, activation, embedding: bytes at a stated efficiency")
-        self.unmeasured.append("sampling: a constant and the logits' bytes")
-        self.unmeasured.append(f"decode rows of unequal context: {self.device.decode_skew:g} of the way to the longest")
+        if "decode_skew" not in self.device.fit:
+            way = f"{self.device.decode_skew:g} of the way to the longest"
+            self.unmeasured.append(f"decode rows of unequal context: {way}")
         if self.tp > 1:
             self.unmeasured.append("gathering logits: formula")
 
@@ -232,26 +299,38 @@ class Operators:
         layers, device = self.layers, self.device
         out = {name: layers * curve.at(tokens) for name, curve in self._gemms.items()}
         per_ns = device.formula.memory_efficiency * device.bytes_per_ns
+        measured = self._elementwise
         for name, (token_bytes, kernels) in self.small_operators().items():
-            out[name] = layers * (tokens * token_bytes / per_ns + kernels * device.formula.kernel_ns)
+            if not measured or name == "quantize":
+                out[name] = layers * (tokens * token_bytes / per_ns + kernels * device.formula.kernel_ns)
+        out |= {name: layers * curve.at(tokens) for name, curve in measured.items() if name != "embedding"}
         if self.tp > 1:
             out["all_reduce"] = layers * 2 * self._reduce[graph].at(tokens * self.model.hidden)
         if self.is_first:
-            out["embedding"] = 2 * tokens * self.model.hidden * self.size / per_ns + device.formula.kernel_ns
+            formula = 2 * tokens * self.model.hidden * self.size / per_ns + device.formula.kernel_ns
+            out["embedding"] = measured["embedding"].at(tokens) if measured else formula
         return out
 
+    def step_ns(self, kind: str, tokens: int) -> float:
+        """What a step of a ``kind`` (``graph`` or ``eager`` decode, ``prefill``) takes beyond its operators; 0 where
+        that is not measured."""
+        curve = self._step.get(kind)
+        return curve.at(tokens) if curve else 0.0
+
     def head_ns(self, rows: int) -> dict[str, float]:
-        """The last stage's work on the rows that sample: final norm, output head, gathering of logits, sampling."""
+        """The last stage's work on the rows that sample: final norm (measured norms have it among them), output head,
+        gathering of logits, sampling."""
         if not self.is_last or rows == 0:
             return {}
         device, model, formula = self.device, self.model, self.device.formula
         per_ns = formula.memory_efficiency * device.bytes_per_ns
         logits = 4.0 * rows * model.vocab
         out = {
-            "final_norm": 4 * rows * model.hidden * self.size / per_ns + formula.kernel_ns,
             "lm_head": self._lm_head.at(rows),
-            "sampling": 2 * logits / per_ns + formula.sampling_ns,
+            "sampling": self._sampling.at(rows) if self._sampling else 2 * logits / per_ns + formula.sampling_ns,
         }
+        if not self._elementwise:
+            out["final_norm"] = 4 * rows * model.hidden * self.size / per_ns + formula.kernel_ns
         if self.tp > 1:
             link = formula.link_efficiency * device.link_bytes_per_ns
             gathered = rows * model.vocab * self.size * (self.tp - 1) / self.tp

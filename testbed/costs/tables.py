@@ -3,9 +3,17 @@
 Every table holds nanoseconds of one operator call on one device. Between points a time is linear along each physical
 axis (along the length of a prefill its square root is, attention being quadratic there); beyond the last point the
 utilisation of the last point is held, so the time grows with the work. Nothing here is faster than the *roofline* that
-the caller passes in: a time is at least the compulsory work at 100 % of the datasheet's peaks. Times are clamped at the
+the caller passes in: a time is at least the compulsory work at 100 % of the profile's peaks. Times are clamped at the
 knots; a roofline being convex, what lies between knots is clamped with them (the experts that tokens activate are not
 convex in the tokens: between knots their bound is the chord).
+
+A profile's tables, by operator; DTYPE is a key such as ``bfloat16``. ``gemm``: {DTYPE: {m, shapes [[n, k]], ns}};
+``prefill``: {DTYPE: [{heads, kv_heads, head_dim, batch, length, ns, and perhaps prefix: {prefix, chunk, ns}}]};
+``decode``, by the dtype of the KV, and ``mixed_decode`` likewise, with batch and context; ``moe``: {DTYPE: {tokens,
+shapes, ns}}; ``all_reduce``: {elements, graph, eager: {devices: ns}}. Only a calibration has ``elementwise``: {DTYPE:
+{norms | rope_kv_write | activation | embedding: {token_bytes, tokens, ns}}}; ``sampling``: {vocab, rows, ns}; and
+``step``, what a step takes beyond its operators: {layers, graph | eager | prefill: {tokens, ns}}. A row of ``ns`` may
+end before its axis does.
 """
 
 from __future__ import annotations
@@ -157,7 +165,7 @@ class PrefillAttention:
         self._rows = [Curve(picked.table["length"][: len(row)], [sqrt(t) for t in row]) for row in picked.table["ns"]]
         prefix = picked.table.get("prefix")
         self._prefix: list[int] = prefix["prefix"] if prefix else []
-        self._chunks = [Curve(prefix["chunk"], row) for row in prefix["ns"]] if prefix else []
+        self._chunks = [Curve(prefix["chunk"][: len(row)], row) for row in prefix["ns"]] if prefix else []
 
     @property
     def measures_prefix(self) -> bool:

@@ -79,8 +79,8 @@ def test_left_out_errors_of_a_line_and_a_parabola() -> None:
 def _numbers(profile: DeviceProfile) -> list[list[float]]:
     tables = profile.tables
     lists = [row for gemm in tables["gemm"].values() for row in gemm["ns"]]
-    lists += [row for part in tables["prefill"] for row in part["ns"]]
-    lists += [row for parts in tables["decode"].values() for part in parts for row in part["ns"]]
+    for operator in ("prefill", "decode"):
+        lists += [row for parts in tables[operator].values() for part in parts for row in part["ns"]]
     return lists
 
 
