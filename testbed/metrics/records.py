@@ -90,10 +90,10 @@ class Records:
     token_times_ns: NDArray[np.int64]
     decisions: bytes
     """The decision log (format: ``docs/decision_log.md``)."""
-    journal: Journal | None = None
-    """What entered the scheduler, for ``testbed replay``; None in runs that were made without."""
     counters: dict[str, int] = field(default_factory=dict)
     """Whole-run counts: loop iterations, empty iterations, invariant checks by id, evictions, ..."""
+    journal: Journal | None = None
+    """What entered the scheduler, for ``testbed replay``; None in runs that were made without."""
 
     def __repr__(self) -> str:
         requests, steps = (len(next(iter(table.values()), ())) for table in (self.requests, self.steps))
