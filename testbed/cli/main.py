@@ -20,7 +20,7 @@ from typing import Annotated
 import typer
 
 import testbed
-from testbed.cli import compare, model, presets, replay, report, run, simulate, trace, validate
+from testbed.cli import compare, confirm, model, presets, replay, report, run, simulate, trace, validate
 from testbed.scenario.errors import InputError
 
 OK, MISSED, WRONG_INPUT, INTERNAL, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 130, 141
@@ -54,6 +54,7 @@ for _command in (
     run.run,
     validate.validate,
     compare.compare,
+    confirm.confirm,
     replay.replay,
     report.report,
     presets.presets,

@@ -84,7 +84,7 @@ def run_scenario(
             with _interruptible(folder), progress_bar(one.name, progress) as tick:
                 run = execute(one, tick)
             folder = folder or output_folder(output, loaded.scenario.name)  # not before there is something to put in
-            _save(run, folder / name)
+            save_run(run, folder / name)
         _print(run, name, folder / name)
         if run.meta.get("interrupted"):
             raise KeyboardInterrupt
@@ -117,7 +117,7 @@ def _interruptible(folder: Path | None) -> Iterator[None]:
         raise
 
 
-def _save(run: Any, folder: Path) -> None:
+def save_run(run: Any, folder: Path) -> None:
     """Save the run, or nothing of it; also one without figures is told where it lies."""
     from testbed.metrics.window import EmptyWindow
 

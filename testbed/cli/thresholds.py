@@ -33,6 +33,8 @@ class Threshold(NamedTuple):
     key: str
     sign: str
     limit: float
+    option: str = "--fail-if"
+    """That it was given with."""
 
     def missed(self, figures: Mapping[str, float]) -> str:
         """Why the run fails, or ''. A figure that the run could not determine fails too: it proves nothing.
@@ -41,17 +43,17 @@ class Threshold(NamedTuple):
         """
         if self.key not in figures:
             hint = did_you_mean(self.key, figures) or f"figures: {', '.join(figures)}"
-            raise InputError(f"there is no figure {self.key!r}", where=f"--fail-if '{self.text}'", remedy=hint)
+            raise InputError(f"there is no figure {self.key!r}", where=f"{self.option} '{self.text}'", remedy=hint)
         value = figures[self.key]
         if math.isnan(value):
-            return f"{self.key} is undefined in this run (--fail-if '{self.text}')"
-        return f"{self.key} is {value:g} (--fail-if '{self.text}')" if _SIGNS[self.sign](value, self.limit) else ""
+            return f"{self.key} is undefined in this run ({self.option} '{self.text}')"
+        return f"{self.key} is {value:g} ({self.option} '{self.text}')" if _SIGNS[self.sign](value, self.limit) else ""
 
 
-def read_threshold(text: str) -> Threshold:
+def read_threshold(text: str, option: str = "--fail-if") -> Threshold:
     """``KEY<LIMIT`` (or <=, >, >=); latencies may be named ``ttft_p99_ms`` or ``p99_ttft_ms``. Raises InputError."""
     found = _FORM.fullmatch(text)
-    where = f"--fail-if '{text}'"
+    where = f"{option} '{text}'"
     if not found:
         raise InputError("is not of the form FIGURE>NUMBER", where=where, remedy="write for example 'ttft_p99_ms>500'")
     try:
@@ -62,7 +64,7 @@ def read_threshold(text: str) -> Threshold:
         raise InputError(f"{found['limit']!r} is not a finite number", where=where, remedy="write a number, e.g. 500")
     named = _LATENCY.fullmatch(found["key"])
     key = f"{named['statistic']}_{named['metric']}_ms" if named else found["key"]
-    return Threshold(text, key, found["sign"], limit)
+    return Threshold(text, key, found["sign"], limit, option)
 
 
 def check_thresholds(thresholds: Sequence[Threshold], scenario: Scenario) -> None:

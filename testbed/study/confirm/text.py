@@ -62,7 +62,7 @@ def _time(row: TimeError) -> list[str]:
 
 def percent(error: float) -> str:
     """A fraction in percent with its sign; ``-`` where undefined."""
-    return "-" if np.isnan(error) else f"{100 * error:+.1f} %"
+    return "-" if np.isnan(error) else f"{round(100 * error, 1) + 0.0:+.1f} %"
 
 
 def _columns(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
