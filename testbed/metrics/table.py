@@ -99,6 +99,11 @@ def signed(value: float) -> str:
     return f"{value:+,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:+.3g}"
 
 
+def percent(fraction: float) -> str:
+    """A signed fraction in percent; ``-`` where undefined."""
+    return "-" if math.isnan(fraction) else f"{round(100 * fraction, 1) + 0.0:+.1f} %"
+
+
 def percent_more(ratio: float) -> str:
     """A ratio as percent above or below the whole; '' where undefined."""
     return "" if math.isnan(ratio) else f"{100 * (ratio - 1):+.1f} %"

@@ -21,7 +21,7 @@ from testbed.metrics.comparison import Figure as Compared
 from testbed.metrics.comparison import differences, headline, run_names, shared_percentiles
 from testbed.metrics.files import plain
 from testbed.metrics.run import Run
-from testbed.metrics.table import number, parted_notes, percent_more, signed, told_counters
+from testbed.metrics.table import number, parted_notes, percent, percent_more, signed, told_counters
 from testbed.report import figures, style
 from testbed.report.series import POINTS, time_bins
 from testbed.scenario.errors import InputError
@@ -68,29 +68,30 @@ def write_report(
     except OSError as error:
         raise InputError(f"cannot make the folder: {error.strerror}", where=str(folder)) from error
     content = _single(runs[0], folder) if len(runs) == 1 else _several(runs, baseline, folder)
-    template = _environment().get_template("report.html")
+    template = environment().get_template("report.html")
     target = folder / page
     content |= {"title": title} if title else {}
     target.write_text(template.render(theme=style.THEME, **content) + "\n", encoding="utf-8")
     return target
 
 
-def _environment() -> jinja2.Environment:
-    text = resources.files("testbed.report").joinpath("templates")
-    files = {name: text.joinpath(name).read_text(encoding="utf-8") for name in ("report.html", "report.css")}
-    environment = jinja2.Environment(
+def environment() -> jinja2.Environment:
+    """The templates of pages, and filters for their figures."""
+    folder = resources.files("testbed.report").joinpath("templates")
+    files = {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir()}
+    made = jinja2.Environment(
         loader=jinja2.DictLoader(files),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters["figure"] = number
-    environment.filters |= {"short": _short, "signed": signed, "percent_more": percent_more}
-    return environment
+    made.filters["figure"] = number
+    made.filters |= {"short": _short, "signed": signed, "percent_more": percent_more, "percent": percent}
+    return made
 
 
-def _plate(
+def draw_plate(
     folder: Path, name: str, label: str, caption: str, draw: Callable[[], Figure], *, titled: bool = False
 ) -> Plate:
     """Draw a figure, write it to ``folder/figures``, and set it in the page; ``label`` is for screen readers."""
@@ -124,10 +125,12 @@ def _single_sections(run: Run, folder: Path) -> list[tuple[str, str, list[Plate]
     binned = f"Averages over {len(bins.edges_ns) - 1} bins of {_duration(bins.width_s)}."
 
     def plate(name: str, label: str, caption: str, draw: Callable[[Run], Figure]) -> Plate:
-        return _plate(folder, name, label, caption, lambda: draw(run))
+        return draw_plate(folder, name, label, caption, lambda: draw(run))
 
     latency = [
-        _plate(folder, "latency_cdf", "Latency distributions", _CDF, lambda: figures.latency_cdf([run], [run.name])),
+        draw_plate(
+            folder, "latency_cdf", "Latency distributions", _CDF, lambda: figures.latency_cdf([run], [run.name])
+        ),
         plate("requests", "Where requests spend their time", _REQUESTS, figures.request_timeline),
     ]
     load = [
@@ -170,17 +173,17 @@ def _several(runs: Sequence[Run], baseline: int, folder: Path) -> dict[str, Any]
         else "The measured requests differ between runs, so differences are not paired."
     )
     plates = [
-        _plate(folder, "compare_bars", "Headline figures", "Lines: 95 % bootstrap intervals. " + note,
+        draw_plate(folder, "compare_bars", "Headline figures", "Lines: 95 % bootstrap intervals. " + note,
                lambda: figures.comparison_bars(compared, bars)),
-        _plate(folder, "compare_cdf", "Latency distributions", _CDF,
+        draw_plate(folder, "compare_cdf", "Latency distributions", _CDF,
                lambda: figures.latency_cdf(runs, names)),
     ]  # fmt: skip
     timelines = [
-        _plate(folder, f"device_{index}", name, _DEVICE, partial(figures.device_timeline, run), titled=True)
+        draw_plate(folder, f"device_{index}", name, _DEVICE, partial(figures.device_timeline, run), titled=True)
         for index, (run, name) in enumerate(zip(runs, names, strict=True), start=1)
     ]
     loads = [
-        _plate(folder, f"load_{index}", name, _LOAD, partial(figures.load_timeline, run), titled=True)
+        draw_plate(folder, f"load_{index}", name, _LOAD, partial(figures.load_timeline, run), titled=True)
         for index, (run, name) in enumerate(zip(runs, names, strict=True), start=1)
     ]
     return {

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from testbed.metrics.table import number
+from testbed.metrics.table import number, percent
 from testbed.study.confirm.errors import FigureError, TimeError, time_errors
 from testbed.study.confirm.join import Joined
 from testbed.study.confirm.run import Confirmation
@@ -58,11 +58,6 @@ def _figure(row: FigureError) -> list[str]:
 def _time(row: TimeError) -> list[str]:
     sums = f"{row.predicted_ms:,.1f}", f"{row.measured_ms:,.1f}"
     return [f"  {row.name} ({row.number:,})", *sums, percent(row.error), percent(row.noise).lstrip("+")]
-
-
-def percent(error: float) -> str:
-    """A fraction in percent with its sign; ``-`` where undefined."""
-    return "-" if np.isnan(error) else f"{round(100 * error, 1) + 0.0:+.1f} %"
 
 
 def _columns(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
