@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from testbed.metrics.aggregate import LATENCIES
 from testbed.metrics.columns import NS_PER_MS
 from testbed.metrics.run import Run
 from testbed.report import figures, style
@@ -55,8 +56,16 @@ def write_confirmation(
     ]
     template = environment().get_template("confirm.html")
     target = folder / "confirm.html"
-    shown = {**content, "variants": variants, "quantiles": ["p5", "p25", "p50", "p75", "p95"]}
-    target.write_text(template.render(theme=style.THEME, **shown) + "\n", encoding="utf-8")
+    shown = {**content, "variants": variants}
+    text = template.render(
+        theme=style.THEME,
+        latencies=LATENCIES,
+        statistics=("mean", "p50", "p90", "p99"),
+        others=[key for key in variants[0]["by_figure"] if not key.endswith("_ms")],
+        quantiles=("p5", "p25", "p50", "p75", "p95"),
+        **shown,
+    )
+    target.write_text(text + "\n", encoding="utf-8")
     return target
 
 
@@ -80,6 +89,7 @@ def _variant(
     return {
         **found,
         "name": name,
+        "by_figure": {row["figure"]: row for row in found["figures"]},
         "findings": [{**finding, "kind": _kind(finding["cause"])} for finding in found["findings"]],
         "latency": [plate("latency", "Latencies", _CDF, lambda: figures.latency_cdf([simulated, *real], names))],
         "device": [plate("device", "Steps", caption, lambda: device_agreement(steps.iloc[drawn], found["bubbles"]))],

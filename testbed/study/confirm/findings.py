@@ -74,7 +74,7 @@ def verdict(joined: Joined, findings: list[Finding]) -> str:
     if not errors:
         return "nothing to compare: no request has completed on both sides"
     worst = max(errors, key=lambda one: abs(one.error))
-    told = f"{abs(worst.error):.1%} ({worst.figure}, noise {worst.noise:.1%})"
+    told = f"{100 * abs(worst.error):.1f} % ({worst.figure}, noise {100 * worst.noise:.1f} %)"
     if findings and findings[0].cause not in ("noise", "few requests"):
         return f"{findings[0].cause}: {findings[0].figure}; largest headline error {told}"
     if all(abs(one.error) <= one.noise for one in errors):
@@ -187,7 +187,7 @@ def _noise(joined: Joined) -> Iterator[Finding]:
     noisy = [joined.figures[key] for key in HEADLINE if joined.figures[key].noise > NOISY_FROM]
     if noisy:
         worst = max(noisy, key=lambda one: one.noise)
-        told = f"the same run again differs by {worst.noise:.1%} in {worst.figure}; its error is {worst.error:+.1%}"
+        told = f"the same run again differs by {100 * worst.noise:.1f} % in {worst.figure}"
         yield Finding("noise", worst.figure, told, "a quiet machine, a longer workload, or more --repeats")
 
 
