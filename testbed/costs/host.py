@@ -9,10 +9,12 @@ integer nanoseconds here. A stage costs::
 
 with rows above ``knee_rows`` counted twice (caches overflow). A stage whose cost in a step that admits or prefills
 follows another line has the keys ``decode`` and ``prefill``. ``tensor_parallel`` holds what is added when tp > 1.
+``fit`` says of a profile that `testbed calibrate` wrote where it was measured and how far off it is; it has no effect.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -78,9 +80,12 @@ class HostProfile:
         knee_rows: float = float("inf"),
         parameters: tuple[Parameter, ...] = (),
         source: str = "",
+        fit: Mapping[str, Any] | None = None,
     ) -> None:
-        """``launch``: ns of a graph, of each of its kernels, and of a kernel launched alone."""
+        """``launch``: ns of a graph, of each of its kernels, and of a kernel launched alone. ``fit``: how well the
+        profile fits what it was measured from, where it was."""
         self.name, self.source, self.parameters = name, source, parameters
+        self.fit: Mapping[str, Any] = fit or {}
         self._decode = [decode.get(stage, Terms()) for stage in Stage]
         self._prefill = [prefill.get(stage, Terms()) for stage in Stage]
         self._launch, self._knee = launch, knee_rows
@@ -163,7 +168,7 @@ def load_host(name_or_path: str | Path, *, tp: int = 1, cpu_speed: float | None 
     return _profile(read_mapping(path), path, tp, cpu_speed)
 
 
-_FIELDS = ("name", "source", "at_cpu_speed", "cpu_speed", "knee_rows", "stages", "tensor_parallel", "launch")
+_FIELDS = ("name", "source", "at_cpu_speed", "cpu_speed", "knee_rows", "stages", "tensor_parallel", "launch", "fit")
 
 
 def _profile(data: dict[str, Any], path: Path, tp: int, cpu_speed: float | None) -> HostProfile:
@@ -191,6 +196,7 @@ def _profile(data: dict[str, Any], path: Path, tp: int, cpu_speed: float | None)
         knee_rows=knee,
         parameters=tuple(reader.parameters),
         source=str(data.get("source", "")),
+        fit=_mapping(data, "fit", where) if "fit" in data else None,
     )
 
 

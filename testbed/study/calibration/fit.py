@@ -1,86 +1,200 @@
-"""A line through measured times: what a stage of the host costs by what it depends on.
-
-Times of a host are not noise around a line. A few charges in a thousand take ten or a thousand times as long, because
-the operating system gave the core to somebody else or the garbage collector walked the heap. Such weather says nothing
-about the stage, and least squares would follow it. So:
-
-* the *tail* is cut: charges above ``TAIL_FACTOR`` times the line and ``TAIL_NS`` over it. Its share of the time is
-  reported, because a sum of predictions falls short of a sum of measurements by it;
-* what is left is fitted with coefficients from 0 (non-negative least squares: Lawson and Hanson, *Solving Least Squares
-  Problems*, 1974, ch. 23), each charge weighed by 1 / its predicted time. Small and large values then both matter, and
-  the line keeps the sum: with weights 1 / p the normal equations of the terms that are above 0, each times its
-  coefficient, add up to ``sum(measured - p) = 0``;
-* a term pays when the error on the other half of the charges grows by more than ``PAYS`` without it; others stay out.
-"""
+"""From measured times to a device profile: its tables, what they predict, and how far off that is."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
-from numpy.typing import NDArray
-from scipy.optimize import nnls
 
-Floats = NDArray[np.float64]
+from testbed.costs.derive import kept
+from testbed.costs.devices import DeviceProfile
+from testbed.costs.model import OperatorCostModel
+from testbed.costs.operators import Operators
+from testbed.scenario.models import DTYPE_BYTES, ModelSpec
+from testbed.scenario.schema import EngineConfig
+from testbed.study.calibration.points import Point, StepPoint
 
-TAIL_FACTOR = 4.0
-TAIL_NS = 50_000
-PASSES = 8
-"""Cutting and weighing settle in three or four."""
-PAYS = 0.005
-
-
-def fit_line(columns: Floats, measured_ns: Floats) -> Floats:
-    """Coefficients from 0 of ``columns`` (float64 [charges, terms]) for ``measured_ns`` (float64 [charges]).
-
-    The first pass weighs by 1 / measured squared: hardly anything of the tail, and a bit low. The next ones weigh by
-    what the pass before predicts, without the tail that it tells.
-    """
-    line = _weighted(columns, measured_ns, 1.0 / np.maximum(measured_ns, 1.0))
-    for _ in range(PASSES):
-        kept = ~is_tail(measured_ns, columns @ line)
-        root = 1.0 / np.sqrt(np.maximum(columns[kept] @ line, 1.0))
-        line = _weighted(columns[kept], measured_ns[kept], root)
-    return line
+Times = Mapping[Point, float]
+"""Measured ns of all layers."""
 
 
-def is_tail(measured_ns: Floats, predicted_ns: Floats) -> NDArray[np.bool_]:
-    """Which charges are weather: bool [charges]."""
-    return (measured_ns > TAIL_FACTOR * predicted_ns) & (measured_ns > predicted_ns + TAIL_NS)
+class Fit:
+    """The profile of a device for one model and engine, made step by step: operators, then whole steps."""
+
+    def __init__(self, profile: DeviceProfile, model: ModelSpec, engine: EngineConfig) -> None:
+        """``profile``: the measured ceilings, without tables."""
+        self.profile = profile
+        self.raised: dict[str, int] = {}
+        """Measured points by operator that beat a ceiling, as a cache or the clock's noise can make them."""
+        self._model = model
+        self._engine = engine
+        self._bare = OperatorCostModel(model, profile, engine).operators
+
+    @property
+    def cost_model(self) -> OperatorCostModel:
+        """What the profile, as it is now, makes of the model."""
+        return OperatorCostModel(self._model, self.profile, self._engine)
+
+    def add_operators(self, times: Times) -> None:
+        """Tables from all points that are not held out, none below the ceilings."""
+        floors = {point: floor_ns(self._bare, point) for point in times}
+        for point in times:
+            if times[point] < floors[point]:
+                self.raised[point.operator] = self.raised.get(point.operator, 0) + 1
+        used = {p: max(times[p], floors[p]) / self._calls(p) for p in times if not p.held_out}
+        self.profile = replace(self.profile, tables=self._tables(used))
+        skewed = {p: t for p, t in times.items() if p.operator == "decode_skew" and not p.held_out}
+        if skewed:
+            skew = decode_skew(self.cost_model.operators, skewed)
+            self.profile = replace(self.profile, decode_skew=skew, fit=self.profile.fit | {"decode_skew": skew})
+
+    def add_steps(self, times: Mapping[StepPoint, float]) -> None:
+        """What the steps that are not held out take beyond the operators as they are priced; never less than nothing."""
+        kinds: dict[str, dict[int, list[float]]] = {}
+        priced = self.cost_model
+        for point, time in times.items():
+            if not point.held_out:
+                beyond = max(0.0, time - step_price_ns(priced, point))
+                kinds.setdefault(point.kind, {}).setdefault(point.tokens, []).append(beyond)
+        table: dict[str, Any] = {"layers": self._bare.layers}
+        for kind, by_tokens in kinds.items():
+            tokens = sorted(by_tokens)
+            table[kind] = {"tokens": tokens, "ns": kept(float(np.mean(by_tokens[t])) for t in tokens)}
+        self.profile = replace(self.profile, tables=self.profile.tables | {"step": table})
+
+    def _calls(self, point: Point) -> int:
+        """Calls of the operator in one step."""
+        return 1 if point.operator in ("embedding", "lm_head", "sampling") else self._bare.layers
+
+    def _tables(self, times: Times) -> dict[str, Any]:
+        dtype, spec = self._bare.dtype, self._model
+        by_operator: dict[str, dict[Point, float]] = {}
+        for point, time in times.items():
+            by_operator.setdefault(point.operator, {})[point] = time
+        lines = {
+            name: dict(sorted((point.tokens, time) for point, time in part.items()))
+            for name, part in by_operator.items()
+            if "attention" not in name
+        }
+        heads = {"heads": spec.heads, "kv_heads": spec.kv_heads, "head_dim": spec.head_dim}
+        tables: dict[str, Any] = {
+            "gemm": {dtype: _gemm(self._bare, lines)},
+            "prefill": {dtype: [heads | _prefill(by_operator)]},
+            "decode": {dtype: [heads | _grid(by_operator["decode_attention"], "rows", "context", "batch", "context")]},
+            "elementwise": {dtype: _elementwise(self._bare, lines)},
+            "sampling": {"vocab": spec.vocab, "rows": list(lines["sampling"]), "ns": kept(lines["sampling"].values())},
+        }
+        if spec.is_moe:
+            shape = [spec.hidden, self._bare.expert_width, spec.experts_per_token, spec.experts]
+            experts = lines["experts"]
+            tables["moe"] = {dtype: {"tokens": list(experts), "shapes": [shape], "ns": [kept(experts.values())]}}
+        return tables
 
 
-def terms_that_pay(columns: Floats, measured_ns: Floats) -> list[int]:
-    """Indices of the columns worth having, ascending; the worst goes first, while one can go.
-
-    Error: mean of (measured - predicted)**2 / predicted over the even charges under the line of the odd ones, and the
-    other way round, without the tail of the line of all terms. Some term always stays.
-    """
-    whole = fit_line(columns, measured_ns)
-    kept = ~is_tail(measured_ns, columns @ whole)
-    columns, measured_ns = columns[kept], measured_ns[kept]
-    chosen = [term for term in range(columns.shape[1]) if columns[:, term].any()]
-    error = _crossed_error(columns[:, chosen], measured_ns)
-    while len(chosen) > 1:
-        without = [[term for term in chosen if term != gone] for gone in chosen]
-        errors = [_crossed_error(columns[:, terms], measured_ns) for terms in without]
-        best = int(np.argmin(errors))
-        if errors[best] > error * (1 + PAYS):
-            break
-        chosen, error = without[best], min(error, errors[best])
-    return chosen
+def _gemm(operators: Operators, lines: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:
+    """Products by shape; the mean where two have one shape."""
+    spec = operators.model
+    shapes = operators.shapes() | {"lm_head": (spec.vocab, spec.hidden)}
+    if spec.is_moe:
+        shapes["router"] = (spec.experts, spec.hidden)
+    rows: dict[tuple[int, int], list[list[float]]] = {}
+    for name, shape in shapes.items():
+        rows.setdefault(shape, []).append(list(lines[name].values()))
+    longest = max((lines[name] for name in shapes), key=len)
+    means = [kept(np.mean([row[: min(map(len, same))] for row in same], axis=0)) for same in rows.values()]
+    return {"m": list(longest), "shapes": [list(shape) for shape in rows], "ns": means}
 
 
-def _crossed_error(columns: Floats, measured_ns: Floats) -> float:
-    total = 0.0
-    for fitted, judged in ((slice(0, None, 2), slice(1, None, 2)), (slice(1, None, 2), slice(0, None, 2))):
-        predicted = columns[judged] @ fit_line(columns[fitted], measured_ns[fitted])
-        total += float((np.square(measured_ns[judged] - predicted) / np.maximum(predicted, 1.0)).sum())
-    return total
+def _elementwise(operators: Operators, lines: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:
+    return {
+        name: {"token_bytes": token_bytes, "tokens": list(lines[name]), "ns": kept(lines[name].values())}
+        for name, token_bytes in operators.elementwise_bytes().items()
+    }
 
 
-def _weighted(columns: Floats, measured_ns: Floats, root: Floats) -> Floats:
-    """Least squares from 0 with each row times ``root`` (the root of its weight); columns are scaled alike first."""
-    scale = np.maximum(np.abs(columns).max(axis=0, initial=0.0), 1e-30)
-    # R of the thin QR has the same normal equations as all the rows, and at most a dozen rows.
-    rows = np.column_stack([columns / scale, measured_ns]) * root[:, None]
-    small = np.linalg.qr(rows, mode="r")
-    solution, _ = nnls(small[:, :-1], small[:, -1])
-    return np.asarray(solution / scale, dtype=np.float64)
+def _prefill(by_operator: Mapping[str, Times]) -> dict[str, Any]:
+    whole = _grid(by_operator["prefill_attention"], "rows", "tokens", "batch", "length")
+    behind = by_operator.get("prefill_behind_prefix")
+    if not behind:
+        return whole
+    return whole | {"behind": _grid(behind, "prefix_tokens", "tokens", "prefix", "chunk")}
+
+
+def _grid(times: Times, row: str, column: str, row_name: str, column_name: str) -> dict[str, Any]:
+    """A table of two axes. A row ends at its first hole: large shapes may be missing."""
+    known = {(getattr(point, row), getattr(point, column)): time for point, time in times.items()}
+    columns = sorted({c for _, c in known})
+    lines = {}
+    for r in sorted({r for r, _ in known}):
+        missing = next((i for i, c in enumerate(columns) if (r, c) not in known), len(columns))
+        if missing:
+            lines[r] = kept(known[r, c] for c in columns[:missing])
+    return {row_name: list(lines), column_name: columns, "ns": list(lines.values())}
+
+
+def decode_skew(operators: Operators, times: Times) -> float:
+    """Where between mean and longest context lies the context at which equal rows take as long as these unequal ones:
+    the median, in [0, 1]."""
+    shares = []
+    for point, time in times.items():
+        mean = float(np.mean(point.contexts))
+        alike = operators.decode_curve(point.rows).inverse(time)
+        shares.append(min(1.0, max(0.0, (alike - mean) / (point.longest - mean))))
+    return round(float(np.median(shares)), 3)
+
+
+def floor_ns(operators: Operators, point: Point) -> float:
+    """The least time of a point in all layers: its compulsory work at the profile's ceilings. Weights and KV are read,
+    activations may be in a cache; elementwise operators move theirs."""
+    device, spec, layers, name = operators.device, operators.model, operators.layers, point.operator
+    shapes = operators.shapes() | {"router": (spec.experts, spec.hidden)}
+    if "decode" in name or "prefill" in name:
+        return layers * device.roofline_ns(*_attention_work(operators, point), operators.dtype)
+    if name == "experts":
+        width, tokens = operators.expert_width, float(point.tokens)
+        read = 3.0 * operators.expected_experts(tokens) * spec.hidden * width * operators.size
+        flops = 6.0 * tokens * spec.experts_per_token * spec.hidden * width
+        return layers * device.roofline_ns(flops, read, operators.dtype)
+    if name in shapes or name == "lm_head":
+        n, k = shapes.get(name, (spec.vocab, spec.hidden))
+        flops, size = 2.0 * point.tokens * n * k, float(n * k * DTYPE_BYTES[operators.dtype])
+        return (1 if name == "lm_head" else layers) * device.roofline_ns(flops, size, operators.dtype)
+    if name == "sampling":
+        return 4.0 * point.tokens * spec.vocab / device.bytes_per_ns
+    moved = point.tokens * operators.elementwise_bytes()[name] / device.bytes_per_ns
+    return moved if name == "embedding" else layers * moved
+
+
+def _attention_work(operators: Operators, point: Point) -> tuple[float, float]:
+    """FLOP, and bytes of KV, of a layer's attention."""
+    if point.context:
+        scores = kv_tokens = sum(point.contexts)
+    else:
+        n, p = point.tokens, point.prefix_tokens
+        scores, kv_tokens = point.rows * (n * p + n * (n + 1) // 2), point.rows * p
+    return 4.0 * operators.heads * operators.model.head_dim * scores, float(operators.kv_token_bytes * kv_tokens)
+
+
+def predicted_ns(operators: Operators, point: Point, skew: float) -> float:
+    """What the cost model makes of a point, in all layers."""
+    if point.context:
+        mean = float(np.mean(point.contexts))
+        return operators.decode_curve(point.rows).at(mean + skew * (max(point.contexts) - mean))
+    if "prefill" in point.operator:
+        return operators.prefill_ns([point.tokens] * point.rows, [point.prefix_tokens] * point.rows)
+    if point.operator in ("lm_head", "sampling"):
+        return operators.head_ns(point.tokens)[point.operator]
+    return operators.linear_ns(point.tokens, False)[point.operator]
+
+
+def step_price_ns(cost_model: OperatorCostModel, point: StepPoint) -> float:
+    """The price of a whole step; an eager decode step is not padded to a graph."""
+    return float(sum(cost_model.breakdown(point.shape.batch).values()))
+
+
+def relative(predicted: Sequence[float], measured: Sequence[float]) -> tuple[float, float]:
+    """Mean and 90th percentile of the absolute relative error."""
+    errors = np.abs(np.asarray(predicted) / np.asarray(measured) - 1)
+    return float(errors.mean()), float(np.quantile(errors, 0.9))
