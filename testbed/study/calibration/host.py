@@ -1,7 +1,7 @@
 """The host half of a calibration: short runs of the loop on this machine, and what each of its stages costs.
 
 A run on the wall clock says how long every charge of a stage took (its host spans), its replay what was charged. The
-join of the two is the data; ``fit`` draws a line through each stage, apart for steps that only decode and for those
+join of the two is the data; ``lines`` draws one through each stage, apart for steps that only decode and for those
 that admit or prefill, in the form of ``testbed.costs.host``. Every workload runs three times under both loops: once to
 fit, once with another seed to judge (held out), once again as it was (the noise floor).
 
@@ -23,7 +23,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,7 +44,7 @@ from testbed.ports import Stage
 from testbed.runtime.replay import WORK_COLUMNS
 from testbed.scenario.schema import Scenario
 from testbed.scenario.workload import WorkloadConfig
-from testbed.study.calibration.fit import Floats, fit_line, tail_mean, terms_that_pay
+from testbed.study.calibration.lines import Floats, fit_line, tail_mean, terms_that_pay
 from testbed.study.calibration.workloads import LOOPS, host_workloads
 from testbed.study.replay import replay
 
@@ -238,7 +238,7 @@ def charges_of(run: Run, cost_model: CostModel | None = None) -> pd.DataFrame:
     return table[table.step >= WARM_STEPS]
 
 
-def fit_host(charges: pd.DataFrame, where: str, notes: Iterator[str] | list[str] = ()) -> HostCalibration:
+def fit_host(charges: pd.DataFrame, where: str, notes: Sequence[str] = ()) -> HostCalibration:
     """Fit the part ``fit`` of ``charges`` and predict all of them."""
     charges = charges.assign(predicted_ns=0.0)
     lines: list[Line] = []
