@@ -239,19 +239,19 @@ def _execute(
     scenario, inject = engine.scenario, None
     if scenario.host_inject is not None:
         inject = load_host(scenario.host_inject, tp=scenario.engine.parallel.tp)
-    clock = wall.WallClock()
+    clock, traffic = wall.WallClock(), Traffic(engine.workload, engine.oracle)
     runtime = wall.WallRuntime(
         clock=clock,
         device=device_of(clock),
         recorder=engine.recorder,
-        traffic=Traffic(engine.workload, engine.oracle),
+        clients=wall.ScheduledClients(clock, traffic),
         inject=inject,
     )
     if progress is not None:
-        _report_progress(engine, runtime.traffic, progress, clock.now_ns, PROGRESS_EVERY_NS)
+        _report_progress(engine, traffic, progress, clock.now_ns, PROGRESS_EVERY_NS)
     with own_faults(), _memory_rules(engine), wall.stops_on_interrupt(clock):
         wall.run_to_the_end(engine.loop(LoopContext(engine.scheduler, runtime)))
-    return _run(engine, runtime.traffic, label, info, interrupted=clock.stopping)
+    return _run(engine, traffic, label, info, interrupted=clock.stopping)
 
 
 def check_real(scenario: Scenario) -> EngineOptions:

@@ -2,7 +2,8 @@
 driven by one ``send(None)``: no event library, no second thread.
 
 What computes is a ``Device``: the modelled one that takes its time for real (``paced.py``) or the engine's
-(``real.py``). The loop, its host time and its races with the clock are real in both.
+(``real.py``). Who asks is ``Clients``: a workload in this process (``ScheduledClients``), or a server's sockets. The
+loop, its host time and its races with the clock are real with all of them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from testbed.messages import ControlOutput, Message, RequestOutput
 from testbed.metrics.recorder import Recorder
 from testbed.ports import Stage
 from testbed.runtime.modelled import Deadlock
+from testbed.runtime.oracle import FAR
 from testbed.runtime.traffic import Traffic
 from testbed.workload.base import TimedRequest
 
@@ -88,6 +90,90 @@ class Device(Protocol):
         ...
 
 
+class Clients(Protocol):
+    """Whoever sends messages to the loop, and hears what became of them."""
+
+    @property
+    def tied_to_iterations(self) -> bool:
+        """Whether a later iteration will bring a message, so that the loop must not block."""
+        ...
+
+    def delivered(self, now_ns: int, iteration: int) -> list[Message]:
+        """Everything sent by now, and not handed out yet."""
+        ...
+
+    def wait(self, until_ns: int | None) -> None:
+        """Block until something is sent, or until ``until_ns``. Raises LoopEnded when nothing ever will be."""
+        ...
+
+    def tokens(self, batch: Batch, result: StepResult) -> None:
+        """The tokens of a step."""
+        ...
+
+    def hear(self, output: RequestOutput | ControlOutput, now_ns: int) -> None:
+        """The end of a request, or the answer to a control message."""
+        ...
+
+
+class ScheduledClients:
+    """A workload's users: they send when the clock says so, and nobody reads their tokens as they come."""
+
+    def __init__(self, clock: WallClock, traffic: Traffic) -> None:
+        self._clock, self._traffic = clock, traffic
+        self._due: list[tuple[int, int, TimedRequest]] = []
+        """Heap of (when, serial, request)."""
+        self._serial = 0
+        self._next_of_source = 0
+        """Serial of the workload's next request: when it is sent, the one after it is put into the heap."""
+        self._take_next()
+
+    @property
+    def tied_to_iterations(self) -> bool:
+        """See Clients."""
+        return self._traffic.tied_to_iterations
+
+    def _push(self, timed: TimedRequest) -> None:
+        self._serial += 1
+        heappush(self._due, (timed.arrival_ns, self._serial, timed))
+
+    def _take_next(self) -> None:
+        timed = self._traffic.next_timed()
+        if timed is not None:
+            self._push(timed)
+            self._next_of_source = self._serial
+
+    def delivered(self, now_ns: int, iteration: int) -> list[Message]:
+        """See Clients."""
+        messages: list[Message] = []
+        if self._traffic.tied_to_iterations:
+            messages.extend(self._traffic.due(iteration, now_ns))
+        while self._due and self._due[0][0] <= now_ns:
+            _, serial, timed = heappop(self._due)
+            messages.append(self._traffic.send(timed))
+            if serial == self._next_of_source:
+                self._take_next()
+        return messages
+
+    def wait(self, until_ns: int | None) -> None:
+        """See Clients. Raises Deadlock when requests are open and nothing will wake the loop."""
+        if self._due:
+            until_ns = min(self._due[0][0], until_ns or FAR)
+        if until_ns is None:
+            if self._traffic.open:
+                raise Deadlock(f"{self._traffic.open} requests are open, and nothing will wake the loop")
+            raise LoopEnded
+        self._clock.wait_until(until_ns)
+
+    def tokens(self, batch: Batch, result: StepResult) -> None:
+        """See Clients."""
+
+    def hear(self, output: RequestOutput | ControlOutput, now_ns: int) -> None:
+        """See Clients: the end of a request may make its user send the next."""
+        if isinstance(output, RequestOutput):
+            for timed in self._traffic.end(output, now_ns):
+                self._push(timed)
+
+
 class WallRuntime:
     """The ports of one loop on the wall clock, over a device. Times are ns of ``clock``."""
 
@@ -97,7 +183,7 @@ class WallRuntime:
         clock: WallClock,
         device: Device,
         recorder: Recorder,
-        traffic: Traffic,
+        clients: Clients,
         inject: HostProfile | None = None,
     ) -> None:
         """``inject``: spin each stage of the loop until this profile's time is spent, to study a slower host than
@@ -105,48 +191,20 @@ class WallRuntime:
         self.inbox = self.cpu = self.executor = self.outbox = self
         self.clock = clock
         self.now_ns = clock.now_ns
-        self.traffic = traffic
+        self._clients = clients
         self._device = device
         self._recorder = recorder
         self._journal = recorder.journal
         self._journal.keeps_tokens = True
         self._inject = inject
-        self._due: list[tuple[int, int, Message | TimedRequest]] = []
-        """Heap of (when, serial, what): requests not sent yet, timers."""
+        self._timers: list[tuple[int, int, Message]] = []
+        """Heap of (when, serial, message)."""
         self._serial = 0
-        self._next_of_source = 0
-        """Serial of the workload's next request: when it is sent, the one after it is put into the heap."""
         self._launches = 0
         self._processed = 0
         self.iteration = 0
         self._mark_ns = clock.now_ns()
         """Where the open span began."""
-        self._take_next()
-
-    # -- the workload -----------------------------------------------------------------------------------------------
-
-    def _push(self, when_ns: int, what: Message | TimedRequest) -> None:
-        self._serial += 1
-        heappush(self._due, (when_ns, self._serial, what))
-
-    def _take_next(self) -> None:
-        timed = self.traffic.next_timed()
-        if timed is not None:
-            self._push(timed.arrival_ns, timed)
-            self._next_of_source = self._serial
-
-    def _delivered(self, now_ns: int) -> list[Message]:
-        """Everything that was due by now."""
-        messages: list[Message] = []
-        while self._due and self._due[0][0] <= now_ns:
-            _, serial, what = heappop(self._due)
-            if isinstance(what, TimedRequest):
-                messages.append(self.traffic.send(what))
-                if serial == self._next_of_source:
-                    self._take_next()
-            else:
-                messages.append(what)
-        return messages
 
     # -- Inbox ------------------------------------------------------------------------------------------------------
 
@@ -155,26 +213,26 @@ class WallRuntime:
         if self.clock.stopping:
             raise LoopEnded
         now = self.now_ns()
-        messages: list[Message] = []
-        if self.traffic.tied_to_iterations:
-            messages.extend(self.traffic.due(self.iteration, now))
-            block = block and not self.traffic.tied_to_iterations
+        messages = self._delivered(now)
         self.iteration += 1
-        messages.extend(self._delivered(now))
-        if block and not messages:
-            if not self._due:
-                if self.traffic.open:
-                    raise Deadlock(f"{self.traffic.open} requests are open, and nothing will wake the loop")
-                raise LoopEnded
-            self.clock.wait_until(self._due[0][0])
+        if block and not messages and not self._clients.tied_to_iterations:
+            self._clients.wait(self._timers[0][0] if self._timers else None)
             self._mark_ns = now = self.now_ns()
             messages = self._delivered(now)
         self._journal.received(now, messages)
         return now, messages
 
+    def _delivered(self, now_ns: int) -> list[Message]:
+        """Everything that was due by now."""
+        messages = self._clients.delivered(now_ns, self.iteration)
+        while self._timers and self._timers[0][0] <= now_ns:
+            messages.append(heappop(self._timers)[2])
+        return messages
+
     def post_at(self, when_ns: int, message: Message) -> None:
         """See ports.Inbox."""
-        self._push(when_ns, message)
+        self._serial += 1
+        heappush(self._timers, (when_ns, self._serial, message))
 
     # -- Cpu --------------------------------------------------------------------------------------------------------
 
@@ -236,15 +294,14 @@ class WallRuntime:
 
     def send_tokens(self, batch: Batch, result: StepResult) -> int:
         """See ports.Outbox; returns the time of sending (ns)."""
+        self._clients.tokens(batch, result)
         self.charge(Stage.SEND, batch.rows)
         self._processed += 1
         return self._mark_ns
 
     def send(self, output: RequestOutput | ControlOutput) -> None:
-        """See ports.Outbox: the end of a request may make its user send the next."""
-        if isinstance(output, RequestOutput):
-            for timed in self.traffic.end(output, self.now_ns()):
-                self._push(timed.arrival_ns, timed)
+        """See ports.Outbox."""
+        self._clients.hear(output, self.now_ns())
 
 
 class _Running:

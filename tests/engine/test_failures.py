@@ -199,7 +199,7 @@ def test_memory_where_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch) 
     assert 0 < told <= free_bytes()
 
 
-@pytest.mark.parametrize("missing", ["torch", "msgspec"])
+@pytest.mark.parametrize("missing", ["torch", "safetensors"])
 def test_an_engine_that_is_not_installed(missing: str, tmp_path: Path, model: Path) -> None:
     laid_out(FAILURES[0]._replace(harm=lambda model: None), model, tmp_path)
     code = f"import sys; sys.modules[{missing!r}] = None\nfrom testbed.cli.main import main\nmain()"

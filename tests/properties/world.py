@@ -275,7 +275,9 @@ def run(
         modelled = PacedDevice(clock, ConstantCostModel(device), oracle)
         real = device_of(clock, oracle, scheduler) if device_of else modelled
         traffic = Traffic(workload, oracle)
-        runtime = WatchedWall(clock=clock, device=real, recorder=recorder, traffic=traffic, inject=inject)
+        clients = wall.ScheduledClients(clock, traffic)
+        runtime = WatchedWall(clock=clock, device=real, recorder=recorder, clients=clients, inject=inject)
+        runtime.traffic = traffic
         runtime.prepare(scheduler, script or {}, watch)
         if before:
             before(scheduler, runtime)
