@@ -57,7 +57,7 @@ class Operators:
         self.size = DTYPE_BYTES[self.dtype]
         self.kv_token_bytes = 2 * self.kv_heads * model.head_dim * DTYPE_BYTES[self.kv_dtype]
         self.unmeasured: list[str] = []
-        self._gemms = {name: self._gemm(name, *shape, self.weight_dtype) for name, shape in self._shapes().items()}
+        self._gemms = {name: self._gemm(name, *shape, self.weight_dtype) for name, shape in self.shapes().items()}
         if model.is_moe:
             self._gemms["router"] = self._gemm("router", model.experts, model.hidden, self.dtype)
             self._gemms["experts"] = self._experts()
@@ -73,7 +73,7 @@ class Operators:
 
     # ---- shapes ------------------------------------------------------------------------------------------------------
 
-    def _shapes(self) -> dict[str, tuple[int, int]]:
+    def shapes(self) -> dict[str, tuple[int, int]]:
         """(n, k) of a layer's dense products on this rank."""
         model, dim = self.model, self.model.head_dim
         shapes = {
@@ -107,14 +107,14 @@ class Operators:
         else:
             out["activation"] = (3 * -(-model.intermediate // self.tp) * size, 1)
         if self.weight_dtype != self.dtype:
-            inputs = [k for _, k in self._shapes().values()]
+            inputs = [k for _, k in self.shapes().values()]
             out["quantize"] = (sum(inputs) * (size + DTYPE_BYTES[self.weight_dtype]), len(inputs))
         return out
 
     @property
     def kernels(self) -> int:
         """Kernels of a step: the operators of every layer, and those before and after the layers."""
-        dense = len(self._shapes())
+        dense = len(self.shapes())
         attention = 2  # one over the splits of the context, one that merges them
         experts = 6 if self.model.is_moe else 0  # router, sorting (2), two grouped products, activation and sum
         small = sum(kernels for _, kernels in self.small_operators().values())

@@ -8,19 +8,20 @@ knots; a roofline being convex, what lies between knots is clamped with them (th
 convex in the tokens: between knots their bound is the chord).
 
 A profile's tables, by operator; DTYPE is a key such as ``bfloat16``. ``gemm``: {DTYPE: {m, shapes [[n, k]], ns}};
-``prefill``: {DTYPE: [{heads, kv_heads, head_dim, batch, length, ns, and perhaps prefix: {prefix, chunk, ns}}]};
-``decode``, by the dtype of the KV, and ``mixed_decode`` likewise, with batch and context; ``moe``: {DTYPE: {tokens,
-shapes, ns}}; ``all_reduce``: {elements, graph, eager: {devices: ns}}. Only a calibration has ``elementwise``: {DTYPE:
-{norms | rope_kv_write | activation | embedding: {token_bytes, tokens, ns}}}; ``sampling``: {vocab, rows, ns}; and
-``step``, what a step takes beyond its operators: {layers, graph | eager | prefill: {tokens, ns}}. A row of ``ns`` may
-end before its axis does.
+``prefill``: {DTYPE: [{heads, kv_heads, head_dim, batch, length, ns, and perhaps prefix or behind: {prefix, chunk,
+ns}}]}; ``decode``, by the dtype of the KV, and ``mixed_decode`` likewise, with batch and context; ``moe``: {DTYPE:
+{tokens, shapes, ns}}; ``all_reduce``: {elements, graph, eager: {devices: ns}}. Only a calibration has ``elementwise``:
+{DTYPE: {norms | rope_kv_write | activation | embedding: {token_bytes, tokens, ns}}}; ``sampling``: {vocab, rows, ns};
+and ``step``, what a step takes beyond its operators: {layers, graph | eager | prefill: {tokens, ns}}. A row of ``ns``
+may end before its axis does.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import log, sqrt
 from typing import Any
 
@@ -44,6 +45,17 @@ class Curve:
         """The time (ns) at ``x``."""
         i = bisect_right(self.xs, x) - 1
         return self.ys[i] + (x - self.xs[i]) * self.slopes[i] if i >= 0 else self.ys[0]
+
+    def inverse(self, y: float) -> float:
+        """The ``x`` from which on the time is at least ``y``, where falls are noise; the first knot for less."""
+        highest = list(accumulate(self.ys, max))
+        i = bisect_left(highest, y)
+        if i == 0:
+            return self.xs[0]
+        if i == len(highest):
+            return self.xs[-1] * y / highest[-1]
+        low, high = highest[i - 1], highest[i]
+        return self.xs[i - 1] + (self.xs[i] - self.xs[i - 1]) * (y - low) / (high - low)
 
     def raised(self, floor: Roofline) -> Curve:
         """The curve with every knot at least ``floor``."""
@@ -155,6 +167,10 @@ class PrefillAttention:
     behind ``p`` cached ones compute as many scores as a whole prompt of ``sqrt(n * (n + 2p))``; requests together as
     the batch, of a fractional size, of prompts as long as the longest of them. Where chunks behind a prefix are
     measured, no request is faster than its own measurement (a short chunk reads a long prefix in sequence).
+
+    A calibration measures chunks *behind* prefixes on the engine's own kernels, closely enough to do without that rule:
+    a request then costs as the whole prompt that takes as long as it, and a batch as so many equal prompts of the same
+    work (each has its own fixed cost), but not less than its longest alone.
     """
 
     def __init__(self, tables: list[dict[str, Any]], heads: int, kv_heads: int, head_dim: int) -> None:
@@ -165,15 +181,20 @@ class PrefillAttention:
         self._rows = [Curve(picked.table["length"][: len(row)], [sqrt(t) for t in row]) for row in picked.table["ns"]]
         prefix = picked.table.get("prefix")
         self._prefix: list[int] = prefix["prefix"] if prefix else []
-        self._chunks = [Curve(prefix["chunk"][: len(row)], row) for row in prefix["ns"]] if prefix else []
+        self._chunks = _chunks(prefix) if prefix else []
+        behind = picked.table.get("behind")
+        self._behind: list[int] = behind["prefix"] if behind else []
+        self._behind_chunks = _chunks(behind) if behind else []
 
     @property
     def measures_prefix(self) -> bool:
         """Whether chunks behind a cached prefix are measured."""
-        return bool(self._chunks)
+        return bool(self._chunks or self._behind_chunks)
 
     def at(self, new_tokens: Sequence[int], prefix_tokens: Sequence[int]) -> float:
         """Time (ns) of one batch; the roofline is the caller's."""
+        if self._behind_chunks:
+            return self._by_equals([self._length(n, p) for n, p in zip(new_tokens, prefix_tokens, strict=True)])
         work = [n * (n + 2 * p) for n, p in zip(new_tokens, prefix_tokens, strict=True)]
         longest = max(work)
         time = self.equal(sum(work) / longest, sqrt(longest))
@@ -182,6 +203,17 @@ class PrefillAttention:
                 if p:
                     time = max(time, self.behind_prefix(n, p))
         return time
+
+    def _by_equals(self, lengths: list[float]) -> float:
+        mean = sqrt(sum(length * length for length in lengths) / len(lengths))
+        return max(self.equal(len(lengths), mean), self.equal(1, max(lengths)))
+
+    def _length(self, new_tokens: int, prefix_tokens: int) -> float:
+        """Of the whole prompt that takes as long as this chunk behind this prefix."""
+        if not prefix_tokens:
+            return new_tokens
+        time = _at_prefix(self._behind, self._behind_chunks, new_tokens, prefix_tokens)
+        return self._rows[0].inverse(sqrt(time))
 
     def equal(self, batch: float, length: float) -> float:
         """Time (ns) of ``batch`` whole prompts of ``length`` tokens."""
@@ -196,11 +228,18 @@ class PrefillAttention:
 
     def behind_prefix(self, new_tokens: int, prefix_tokens: int) -> float:
         """Time (ns) of one chunk, from the measurements behind a prefix; 0 without them."""
-        if not self._chunks:
-            return 0.0
-        low, high, weight = between(self._prefix, prefix_tokens)
-        lower, upper = self._chunks[low].at(new_tokens), self._chunks[high].at(new_tokens)
-        return max(1.0, prefix_tokens / self._prefix[-1]) * (lower * (1 - weight) + upper * weight)
+        return _at_prefix(self._prefix, self._chunks, new_tokens, prefix_tokens) if self._chunks else 0.0
+
+
+def _chunks(data: dict[str, Any]) -> list[Curve]:
+    """A curve over the new tokens for each prefix."""
+    return [Curve(data["chunk"][: len(row)], row) for row in data["ns"]]
+
+
+def _at_prefix(prefixes: list[int], chunks: list[Curve], new_tokens: int, prefix_tokens: int) -> float:
+    low, high, weight = between(prefixes, prefix_tokens)
+    lower, upper = chunks[low].at(new_tokens), chunks[high].at(new_tokens)
+    return max(1.0, prefix_tokens / prefixes[-1]) * (lower * (1 - weight) + upper * weight)
 
 
 class MoeTable:

@@ -37,10 +37,15 @@ class LocalDevice:
         self._runner: ModelRunner | None = runner
         self.info = runner.info
 
+    @property
+    def runner(self) -> ModelRunner:
+        """What it runs on."""
+        assert self._runner is not None, "the device is closed"
+        return self._runner
+
     def launch(self, inputs: StepInputs) -> RunningStep:
         """See device.Device."""
-        assert self._runner is not None, "the device is closed"
-        return self._runner.launch(inputs)
+        return self.runner.launch(inputs)
 
     def close(self) -> None:
         """See device.Device. A runner and its graphs refer to one another, so only the collector frees them; the next

@@ -46,7 +46,7 @@ request on that wants them."""
 
 
 class ModelRunner:
-    """One decoder with its KV, its sampler and its queue."""
+    """One decoder with its KV, its sampler and its queue: public parts, for those who measure them one by one."""
 
     def __init__(
         self,
@@ -58,37 +58,37 @@ class ModelRunner:
         device: torch.device,
     ) -> None:
         self.info = info
-        self._decoder = decoder
-        self._backend = backend
-        self._queue = queue
-        self._page_size = options.page_size
+        self.decoder = decoder
+        self.backend = backend
+        self.queue = queue
+        self.page_size = options.page_size
         self.spare_slot = slots_needed(options.max_running_requests, info.kv_tokens, options.page_size)
         slots = self.spare_slot + 1
         self._table = torch.zeros((slots, info.table_width), dtype=torch.int32, device=device)
         dtype: torch.dtype = getattr(torch, options.dtype)
-        self._kv = KvCache(decoder.config.spec, info.kv_tokens, options.page_size, dtype, device)
+        self.kv = KvCache(decoder.config.spec, info.kv_tokens, options.page_size, dtype, device)
         self._relay = TokenRelay(slots, device)
-        self._sampler = Sampler(
+        self.sampler = Sampler(
             self.spare_slot, info.vocab_size, device, info.eos_token_ids, fused=info.backend == "triton"
         )
         self._longest = min(info.context_length, info.kv_tokens)
-        self._graphs: DecodeGraphs | None = None
+        self.graphs: DecodeGraphs | None = None
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # weights and buffers were filled on the default stream
         if options.cuda_graph and device.type == "cuda" and info.backend == "triton":
             memory_bytes = torch.cuda.get_device_properties(device).total_memory
             largest = min(options.cuda_graph_max_bs or largest_captured(memory_bytes), options.max_running_requests)
             with queue.computing():
-                self._graphs = DecodeGraphs(self._decode, largest, self.spare_slot, device)
+                self.graphs = DecodeGraphs(self._decode, largest, self.spare_slot, device)
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
     def launch(self, inputs: StepInputs) -> RunningStep:
         """Queue a step; on CUDA, returns before it is computed."""
         with device_errors():
-            staged = dict(zip(ARRAYS, self._queue.stage(inputs.arrays()), strict=True))
+            staged = dict(zip(ARRAYS, self.queue.stage(inputs.arrays()), strict=True))
             step = RunningStep(self, inputs, staged)
-            with self._queue.computing():
+            with self.queue.computing():
                 self._compute(step)
         if not inputs.defer_sampling:
             step.sample(None)
@@ -97,22 +97,22 @@ class ModelRunner:
     def _compute(self, step: RunningStep) -> None:
         """Everything up to the logits."""
         inputs, staged = step.inputs, step.staged
-        self._queue.begin()
+        self.queue.begin()
         if len(inputs.places):
             self._table.view(-1)[staged["places"]] = staged["pages"]
         if len(inputs.prefill_slots):
             step.logits = self._extend(inputs, staged, step)
-        elif self._graphs is not None and self._graphs.fits(len(inputs.decode_slots)):
+        elif self.graphs is not None and self.graphs.fits(len(inputs.decode_slots)):
             step.graph = True
-            step.logits = self._graphs.replay(staged["decode_slots"], staged["positions"])
+            step.logits = self.graphs.replay(staged["decode_slots"], staged["positions"])
         else:
             step.logits = self._decode(staged["decode_slots"], staged["positions"])
 
     def _decode(self, slots: Tensor, positions: Tensor) -> Tensor:
         """Logits of decoding rows, float32 [b, vocab]. Free of the host: this is what a CUDA graph holds."""
         token_ids = self._relay.take(slots, positions)
-        plan = AttentionPlan(self._table, self._page_size, decode=DecodeRows(slots, positions + 1))
-        return self._decoder.logits(self._forward(token_ids, slots, positions, plan))
+        plan = AttentionPlan(self._table, self.page_size, decode=DecodeRows(slots, positions + 1))
+        return self.decoder.logits(self._forward(token_ids, slots, positions, plan))
 
     def _extend(self, inputs: StepInputs, staged: dict[str, Tensor], step: RunningStep) -> Tensor:
         """Logits of the last token of each prefilling row, then of the decoding rows: float32 [n + b, vocab]."""
@@ -120,7 +120,7 @@ class ModelRunner:
         new_tokens = len(inputs.token_ids)
         plan = AttentionPlan(
             self._table,
-            self._page_size,
+            self.page_size,
             extend=ExtendRows(
                 slots=staged["prefill_slots"],
                 starts=staged["starts"],
@@ -141,21 +141,21 @@ class ModelRunner:
         hidden = self._forward(token_ids, slots, positions, plan)
         if len(inputs.prompt_targets):
             step.prompt_logprobs = self._prompt_logprobs(hidden, staged["prompt_targets"])
-        return self._decoder.logits(hidden[last])
+        return self.decoder.logits(hidden[last])
 
     def _forward(self, token_ids: Tensor, slots: Tensor, positions: Tensor, plan: AttentionPlan) -> Tensor:
         """Final hidden states, [t, hidden]; keys and values of these tokens go to their pages."""
-        p = self._page_size
+        p = self.page_size
         pages = self._table[slots, positions // p].to(torch.int64)
-        self._backend.prepare(plan)
-        return self._decoder.forward(token_ids, positions, pages * p + positions % p, self._kv.layers, plan)
+        self.backend.prepare(plan)
+        return self.decoder.forward(token_ids, positions, pages * p + positions % p, self.kv.layers, plan)
 
     def _prompt_logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Log-probabilities of ``targets``, float32 [T], NaN where there is none; a block of positions at a time, since
         the logits of a long prompt are gigabytes."""
         found = []
         for rows, wanted in zip(hidden.split(PROMPT_LOGITS_ROWS), targets.split(PROMPT_LOGITS_ROWS), strict=False):
-            logprobs = torch.log_softmax(self._decoder.logits(rows[: len(wanted)]), dim=-1)
+            logprobs = torch.log_softmax(self.decoder.logits(rows[: len(wanted)]), dim=-1)
             chosen = logprobs.gather(1, wanted.clamp(min=0).to(torch.int64)[:, None])[:, 0]
             found.append(torch.where(wanted < 0, torch.nan, chosen))
         return torch.cat(found)
@@ -163,22 +163,22 @@ class ModelRunner:
     def sample(self, step: RunningStep, bitmask: NDArray[np.int32] | None) -> None:
         """The second phase: draw, leave the tokens in the relay, send them to the host."""
         inputs, staged = step.inputs, step.staged
-        with device_errors(), self._queue.computing():
+        with device_errors(), self.queue.computing():
             if inputs.sampling:
-                self._sampler.update(inputs.sampling)
+                self.sampler.update(inputs.sampling)
             slots, positions, host_slots = self._rows(inputs, staged)
-            mask = None if bitmask is None else self._queue.send(bitmask)
+            mask = None if bitmask is None else self.queue.send(bitmask)
             assert step.logits is not None
-            sampled = self._sampler.sample(step.logits, slots, positions, inputs.needs, host_slots, mask)
+            sampled = self.sampler.sample(step.logits, slots, positions, inputs.needs, host_slots, mask)
             if len(inputs.forced):
                 sampled = self._forced(step.logits, staged["forced"], inputs.needs)
             token_ids = sampled.token_ids
             self._relay.put(slots, positions, token_ids)
             if inputs.needs.penalties:
-                self._sampler.count(slots, token_ids)
-            step.fetched = self._queue.fetch([token_ids, *_wanted(sampled), *_present(step.prompt_logprobs)])
+                self.sampler.count(slots, token_ids)
+            step.fetched = self.queue.fetch([token_ids, *_wanted(sampled), *_present(step.prompt_logprobs)])
             step.has_logprobs = sampled.logprobs is not None
-            step.ticket = self._queue.end()
+            step.ticket = self.queue.end()
 
     @staticmethod
     def _forced(logits: Tensor, token_ids: Tensor, needs: SamplingNeeds) -> Sampled:

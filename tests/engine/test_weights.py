@@ -92,7 +92,7 @@ def test_stored_in_another_dtype(folder: Path) -> None:
 
 def loaded_places(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     decoder = load_decoder(folder, dtype=dtype, device=CPU, backend=TorchBackend())
-    return weight_places(decoder.config, decoder._weights)
+    return weight_places(decoder.config, decoder.weights)
 
 
 def test_what_is_not_a_weight_is_passed_over(folder: Path, tmp_path: Path) -> None:

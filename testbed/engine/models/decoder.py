@@ -64,10 +64,10 @@ class Decoder:
         """``source``: in words, where the weights come from."""
         self.config = config
         self.source = source
-        self._weights = weights
+        self.weights = weights
         self._ops = backend
         # The norm after a layer is the next layer's first one.
-        self._norms_after = [*(layer.attention_norm for layer in weights.layers[1:]), weights.norm]
+        self.norms_after = [*(layer.attention_norm for layer in weights.layers[1:]), weights.norm]
 
     def forward(
         self,
@@ -83,9 +83,9 @@ class Decoder:
         ``kv``, [pages * page_size, kv_heads, head_dim], in the model's dtype.
         """
         eps = self.config.rms_norm_eps
-        residual = functional.embedding(token_ids, self._weights.embedding)
-        x = self._ops.rms_norm(residual, self._weights.layers[0].attention_norm, eps)
-        for layer, norm_after, cache in zip(self._weights.layers, self._norms_after, kv, strict=True):
+        residual = functional.embedding(token_ids, self.weights.embedding)
+        x = self._ops.rms_norm(residual, self.weights.layers[0].attention_norm, eps)
+        for layer, norm_after, cache in zip(self.weights.layers, self.norms_after, kv, strict=True):
             x = self._attention(x, layer, positions, locations, cache, plan)
             x = self._ops.add_rms_norm(x, residual, layer.mlp_norm, eps)
             x = self._mlp(x, layer)
@@ -94,7 +94,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, hidden] to float32 [rows, vocab]; multiplied in the model's dtype."""
-        return self._ops.linear(hidden, self._weights.head).float()
+        return self._ops.linear(hidden, self.weights.head).float()
 
     def _attention(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,18 +28,23 @@ class Fit:
         self.profile = profile
         self.raised: dict[str, int] = {}
         """Measured points by operator that beat a ceiling, as a cache or the clock's noise can make them."""
-        self._model = model
+        self.model = model
         self._engine = engine
         self._bare = OperatorCostModel(model, profile, engine).operators
 
-    @property
-    def cost_model(self) -> OperatorCostModel:
-        """What the profile, as it is now, makes of the model."""
-        return OperatorCostModel(self._model, self.profile, self._engine)
+    def cost_model(self, *, graph: bool = True) -> OperatorCostModel:
+        """What the profile, as it is now, makes of the model; ``graph``: with CUDA graphs where the engine has them."""
+        engine = self._engine if graph else self._engine.model_copy(update={"cuda_graph": False})
+        return OperatorCostModel(self.model, self.profile, engine)
+
+    def step_prices(self, points: Iterable[StepPoint]) -> dict[StepPoint, float]:
+        """Device time (ns) of whole steps as they are priced now."""
+        models = {graph: self.cost_model(graph=graph) for graph in (True, False)}
+        return {p: float(sum(models[p.kind == "graph"].breakdown(p.shape.batch).values())) for p in points}
 
     def add_operators(self, times: Times) -> None:
         """Tables from all points that are not held out, none below the ceilings."""
-        floors = {point: floor_ns(self._bare, point) for point in times}
+        floors = {point: least_time(self._bare, point) for point in times}
         for point in times:
             if times[point] < floors[point]:
                 self.raised[point.operator] = self.raised.get(point.operator, 0) + 1
@@ -47,16 +52,16 @@ class Fit:
         self.profile = replace(self.profile, tables=self._tables(used))
         skewed = {p: t for p, t in times.items() if p.operator == "decode_skew" and not p.held_out}
         if skewed:
-            skew = decode_skew(self.cost_model.operators, skewed)
+            skew = decode_skew(self.cost_model().operators, skewed)
             self.profile = replace(self.profile, decode_skew=skew, fit=self.profile.fit | {"decode_skew": skew})
 
     def add_steps(self, times: Mapping[StepPoint, float]) -> None:
-        """What the steps that are not held out take beyond the operators as they are priced; never less than nothing."""
+        """What the steps that are not held out take beyond the operators as they are priced; never less than 0."""
         kinds: dict[str, dict[int, list[float]]] = {}
-        priced = self.cost_model
+        prices = self.step_prices(times)
         for point, time in times.items():
             if not point.held_out:
-                beyond = max(0.0, time - step_price_ns(priced, point))
+                beyond = max(0.0, time - prices[point])
                 kinds.setdefault(point.kind, {}).setdefault(point.tokens, []).append(beyond)
         table: dict[str, Any] = {"layers": self._bare.layers}
         for kind, by_tokens in kinds.items():
@@ -69,14 +74,14 @@ class Fit:
         return 1 if point.operator in ("embedding", "lm_head", "sampling") else self._bare.layers
 
     def _tables(self, times: Times) -> dict[str, Any]:
-        dtype, spec = self._bare.dtype, self._model
+        dtype, spec = self._bare.dtype, self.model
         by_operator: dict[str, dict[Point, float]] = {}
         for point, time in times.items():
             by_operator.setdefault(point.operator, {})[point] = time
         lines = {
             name: dict(sorted((point.tokens, time) for point, time in part.items()))
             for name, part in by_operator.items()
-            if "attention" not in name
+            if "decode" not in name and "prefill" not in name
         }
         heads = {"heads": spec.heads, "kv_heads": spec.kv_heads, "head_dim": spec.head_dim}
         tables: dict[str, Any] = {
@@ -135,17 +140,17 @@ def _grid(times: Times, row: str, column: str, row_name: str, column_name: str) 
 
 
 def decode_skew(operators: Operators, times: Times) -> float:
-    """Where between mean and longest context lies the context at which equal rows take as long as these unequal ones:
-    the median, in [0, 1]."""
-    shares = []
-    for point, time in times.items():
-        mean = float(np.mean(point.contexts))
-        alike = operators.decode_curve(point.rows).inverse(time)
-        shares.append(min(1.0, max(0.0, (alike - mean) / (point.longest - mean))))
-    return round(float(np.median(shares)), 3)
+    """Where between mean and longest context lies the context at which equal rows take as long as unequal ones: the
+    share in [0, 1], to a hundredth, with the least mean relative error."""
+    measured = list(times.values())
+
+    def error(skew: float) -> float:
+        return relative([predicted_time(operators, point, skew) for point in times], measured)[0]
+
+    return min((i / 100 for i in range(101)), key=error)
 
 
-def floor_ns(operators: Operators, point: Point) -> float:
+def least_time(operators: Operators, point: Point) -> float:
     """The least time of a point in all layers: its compulsory work at the profile's ceilings. Weights and KV are read,
     activations may be in a cache; elementwise operators move theirs."""
     device, spec, layers, name = operators.device, operators.model, operators.layers, point.operator
@@ -177,7 +182,7 @@ def _attention_work(operators: Operators, point: Point) -> tuple[float, float]:
     return 4.0 * operators.heads * operators.model.head_dim * scores, float(operators.kv_token_bytes * kv_tokens)
 
 
-def predicted_ns(operators: Operators, point: Point, skew: float) -> float:
+def predicted_time(operators: Operators, point: Point, skew: float) -> float:
     """What the cost model makes of a point, in all layers."""
     if point.context:
         mean = float(np.mean(point.contexts))
@@ -187,11 +192,6 @@ def predicted_ns(operators: Operators, point: Point, skew: float) -> float:
     if point.operator in ("lm_head", "sampling"):
         return operators.head_ns(point.tokens)[point.operator]
     return operators.linear_ns(point.tokens, False)[point.operator]
-
-
-def step_price_ns(cost_model: OperatorCostModel, point: StepPoint) -> float:
-    """The price of a whole step; an eager decode step is not padded to a graph."""
-    return float(sum(cost_model.breakdown(point.shape.batch).values()))
 
 
 def relative(predicted: Sequence[float], measured: Sequence[float]) -> tuple[float, float]:
