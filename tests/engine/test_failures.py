@@ -205,5 +205,5 @@ def test_an_engine_that_is_not_installed(tmp_path: Path, model: Path) -> None:
     command = [sys.executable, "-c", code, "run", "scenario.yaml"]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
-    assert f"error: run: the engine is incomplete: torch is not installed\n  pip install" in ended.stderr
+    assert "error: run: the engine is incomplete: torch is not installed\n  pip install" in ended.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["scenario.yaml", MODEL]
