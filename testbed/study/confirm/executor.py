@@ -16,7 +16,7 @@ from testbed.metrics.columns import completed, ints
 from testbed.metrics.journal import Journal
 from testbed.metrics.run import Run
 from testbed.request import FinishReason
-from testbed.scheduler.decisions import Decision, read_decisions
+from testbed.scheduler.decisions import read_decisions
 from testbed.study.confirm.decisions import ids_by_rank, sent_requests
 from testbed.tokens import STEP, oracle_key, scale, token_ids
 
@@ -99,8 +99,8 @@ def sent_tokens(run: Run, journal: Journal) -> Iterator[Tokens]:
     """The tokens of every step that reached their users, by request and position, from decisions and results alone.
 
     A decode row's token follows the one before it. A prefill that makes ``n`` tokens of KV yields output
-    ``n - prompt``, if it is the last part of its prompt: it is, when the request decodes or is retracted next, or
-    nothing comes but that one token. What lies behind a request's last token is the overlap loop's extra step.
+    ``n - prompt``, if it is the last part of what is to be prefilled: it is, when the request decodes or is retracted
+    next, or nothing comes but that one token. What lies behind a request's last token is the overlap loop's extra step.
     """
     table = run.records.requests
     ended = dict(zip(table["id"], ints(table, "output_tokens").tolist(), strict=True))
@@ -111,10 +111,13 @@ def sent_tokens(run: Run, journal: Journal) -> Iterator[Tokens]:
     following = np.zeros(len(ids), dtype=np.int64)
     """Position of each request's next token."""
     open_prefills: dict[int, Tokens] = {}
+    """The last prefill of each request, until what comes next tells what it was."""
     for step, (decision, results) in enumerate(
         zip(read_decisions(run.records.decisions), journal.tokens, strict=False)
     ):
-        yield from _settled(decision, open_prefills)
+        for rank in [*decision.decodes, *decision.retracted] if open_prefills else ():
+            if rank in open_prefills:
+                yield open_prefills.pop(rank)
         first = len(decision.prefills)
         for row, (rank, prefix, new_tokens) in enumerate(decision.prefills[: len(results)]):
             position = prefix + new_tokens - int(prompt[rank])
@@ -128,16 +131,6 @@ def sent_tokens(run: Run, journal: Journal) -> Iterator[Tokens]:
         kept = positions < sent[ranks]
         yield Tokens(step, ranks[kept], positions[kept], results[first : first + len(ranks)][kept])
     yield from (tokens for rank, tokens in open_prefills.items() if tokens.positions[0] == sent[rank] - 1)
-
-
-def _settled(decision: Decision, open_prefills: dict[int, Tokens]) -> Iterator[Tokens]:
-    """First tokens of which this decision shows that they were: their requests decode now or are retracted. Those of
-    requests that go on prefilling were chunks, and are forgotten."""
-    for rank in [*decision.decodes, *decision.retracted]:
-        if rank in open_prefills:
-            yield open_prefills.pop(rank)
-    for rank, _, _ in decision.prefills:
-        open_prefills.pop(rank, None)
 
 
 def _lengths(run: Run, simulated: Run, journal: Journal) -> list[Fault]:

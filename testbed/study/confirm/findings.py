@@ -113,9 +113,11 @@ def _scheduler(joined: Joined) -> Iterator[Finding]:
 
 
 def _decisions(joined: Joined) -> Iterator[Finding]:
-    """A difference that timing does not explain, in a run that this scheduler made."""
-    for number, (found, replayed) in enumerate(zip(joined.differences, joined.replayed, strict=True), start=1):
-        if found is not None and not found.by_timing and found.cause != "pool" and replayed.divergence is None:
+    """A difference that neither timing nor a faulty executor explains, in a run that this scheduler made."""
+    for number, found in enumerate(joined.differences, start=1):
+        if found is None or found.by_timing or found.cause == "pool":
+            continue
+        if joined.replayed[number - 1].divergence is None and not joined.faults[number - 1]:
             remedy = "compare what entered both schedulers: `testbed replay RUN --until-step K` of each"
             if joined.real[0].meta.get("label") == "real" and joined.simulated.scenario.get("tokens") != "oracle":
                 remedy = "set tokens: oracle, so that the model's own tokens change neither ends nor prefixes"
