@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -21,8 +21,8 @@ class Segment(NamedTuple):
     """``length`` tokens of stream ``key`` from position ``start`` on (see ``testbed.tokens``)."""
 
     key: int
-    start: int
-    length: int
+    start: Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+    length: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 
 
 class Prompt(msgspec.Struct, eq=False, tag=True, forbid_unknown_fields=True):
@@ -152,7 +152,10 @@ def encode_message(message: Message) -> bytes:
 
 def decode_message(data: bytes) -> Message:
     """The message in ``data``. Raises ValueError for anything that is not exactly one."""
-    decoded: Message = _decoder.decode(data)
+    try:
+        decoded: Message = _decoder.decode(data)
+    except RecursionError as error:
+        raise ValueError("a message is nested without end") from error
     return decoded
 
 

@@ -19,15 +19,15 @@ def replay(
         bool, typer.Option("--own-code", help="Import the loop, strategy or policy that the run names.")
     ] = False,
 ) -> None:
-    """Replay runs: every decision must come out as recorded. Exit with 1 where one does not."""
+    """Replay runs: every decision and every record must come out as recorded. Exit with 1 where one does not."""
     from testbed.study.replay import replay as study
 
-    diverged = False
+    equal = True
     for run in options.load_runs(runs):
         found = study(run, until_step=until_step, own_code=own_code)
-        diverged |= found.divergence is not None
+        equal &= found.equal
         print(f"{run.folder}: {found.verdict()}")
         if found.divergence is not None or until_step is not None:
             print(found.last.explain())
-    if diverged:
+    if not equal:
         raise typer.Exit(1)

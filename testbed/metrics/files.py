@@ -15,12 +15,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from testbed.metrics.columns import token_owner
 from testbed.metrics.journal import Journal
 from testbed.metrics.records import REQUEST_COLUMNS, SPAN_COLUMNS, STEP_COLUMNS, Column, Records
 from testbed.scenario.errors import InputError
+from testbed.scenario.yaml_reader import parse_yaml
 
 FORMAT = 2
 """Version of the folder's layout; written to ``run.json``."""
@@ -32,6 +34,18 @@ TOKEN_COLUMNS = {"request": "index of the request in requests", "time_ns": "when
 TABLES = {"requests": REQUEST_COLUMNS, "steps": STEP_COLUMNS, "spans": SPAN_COLUMNS, "tokens": TOKEN_COLUMNS}
 _TEXT = frozenset({"id", "session", "tenant", "finish_reason"})
 _FLOAT = frozenset({"new_token_ratio", "flops", "bytes"})
+_ROWS_FREE, _ROWS_A_BYTE = 1_000_000, 100
+"""A table packs well where times are regular, but a small file that unfolds into far more rows is no run's."""
+
+
+class Summary(msgspec.Struct):
+    """What is read back from ``run.json``; its figures follow from the records."""
+
+    files: dict[str, str]
+    """SHA-256 in hex of the other files, by name."""
+    counters: dict[str, int]
+    meta: dict[str, Any]
+    provenance: dict[str, Any]
 
 
 def new_folder(folder: Path) -> Path:
@@ -135,8 +149,8 @@ def _read_table(folder: Path, name: str, known: tuple[str, ...]) -> dict[str, Co
         raise InputError(f"the run has no {name}.parquet and no {name}.csv", where=str(folder))
     try:
         columns = _read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
-    except (ValueError, OSError, IndexError) as error:  # pyarrow's own errors are subclasses of these
-        raise InputError(f"the file is damaged: {error}", where=str(path)) from error
+    except (ValueError, OSError, ArithmeticError, LookupError, TypeError, NotImplementedError, csv.Error) as error:
+        raise InputError(f"the file is damaged: {error}", where=str(path)) from error  # pyarrow's are among these
     if missing := [column for column in known if column not in columns]:
         raise InputError(f"the file lacks the columns {', '.join(missing)}", where=str(path))
     return columns
@@ -145,9 +159,17 @@ def _read_table(folder: Path, name: str, known: tuple[str, ...]) -> dict[str, Co
 def _read_parquet(path: Path) -> dict[str, Column]:
     if find_spec("pyarrow") is None:
         raise InputError("reading Parquet needs pyarrow", where=str(path), remedy="pip install 'testbed[parquet]'")
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
+    rows = pq.read_metadata(path).num_rows
+    if rows > _ROWS_FREE + _ROWS_A_BYTE * path.stat().st_size:
+        raise ValueError(f"it claims {rows:,} rows")
     table = pq.read_table(path)
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        kind = pa.string() if name in _TEXT else pa.float64() if name in _FLOAT else pa.int64()
+        if rows and (column.type != kind or column.null_count):
+            raise ValueError(f"the column {name} is no column of {kind}")
     return {
         name: table[name].to_pylist() if name in _TEXT else np.array(table[name].to_numpy())
         for name in table.column_names
@@ -174,6 +196,8 @@ def _read_csv(path: Path) -> dict[str, Column]:
 def read_bytes(path: Path) -> bytes:
     """The content of a file of the run; raises InputError that names it when it cannot be read."""
     try:
+        if path.exists() and not path.is_file():  # a pipe or a device may have no end
+            raise InputError("this is no file", where=str(path))
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read the file: {error.strerror}", where=str(path)) from error
@@ -187,6 +211,8 @@ def digests(folder: Path) -> dict[str, str]:
 def check_digests(folder: Path, expected: Mapping[str, str]) -> None:
     """Raise InputError, naming the file, where one is missing or differs from what was written."""
     for name, digest in expected.items():
+        if name != Path(name).name:
+            raise InputError(f"{name!r} names no file of the run", where=str(folder / "run.json"))
         if sha256(read_bytes(folder / name)).hexdigest() != digest:
             raise InputError("the file is damaged: its content is not what was written", where=str(folder / name))
 
@@ -217,11 +243,19 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of the run; raises InputError that names it when it is damaged."""
     try:
         content = json.loads(read_bytes(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"the file is damaged: {error}", where=str(path)) from error
     if not isinstance(content, dict):
         raise InputError("the file is damaged: it holds no object", where=str(path))
     return content
+
+
+def summary(content: dict[str, Any], path: Path) -> Summary:
+    """What ``content`` of ``path``, a ``run.json``, says; raises InputError where it is another kind of thing."""
+    try:
+        return msgspec.convert(content, Summary)
+    except ValueError as error:
+        raise InputError(f"the file is damaged: {error}", where=str(path)) from error
 
 
 def write_yaml(content: Any, path: Path) -> None:
@@ -237,12 +271,9 @@ def write_yaml(content: Any, path: Path) -> None:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping from a file of the run; raises InputError that names it when it is damaged."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
     try:
-        content = YAML(typ="safe", pure=True).load(read_bytes(path).decode())
-    except (YAMLError, UnicodeDecodeError) as error:
+        content = parse_yaml(read_bytes(path).decode(), str(path)).data
+    except UnicodeDecodeError as error:
         raise InputError(f"the file is damaged: {error}", where=str(path)) from error
     if not isinstance(content, dict):
         raise InputError("the file is damaged: it holds no mapping", where=str(path))

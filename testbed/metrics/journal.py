@@ -10,8 +10,8 @@ As a file: ``b"TBJL"``, a u16 version, then one msgpack document (``_Document``)
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -22,6 +22,11 @@ from testbed.messages import Message, decode_message, encode_message
 
 VERSION = 1
 HEADER = b"TBJL" + VERSION.to_bytes(2, "little")
+LAST_NS = 1 << 62
+"""No time is later: sums of two fit into 64 bits."""
+
+_Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 62)]
+_Index = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 
 
 class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -29,11 +34,11 @@ class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     loop: str
     """The loop's resolved name."""
-    vocab_size: int
-    kv_tokens: int
-    """Capacity of the KV pool, whole pages."""
-    context_length: int
-    seed: int
+    vocab_size: _Count
+    kv_tokens: _Count
+    """Capacity of the KV pool."""
+    context_length: _Count
+    seed: Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Journal:
@@ -126,18 +131,24 @@ class Journal:
 
     def _check(self) -> None:
         """Raise ValueError where the parts do not belong together."""
-        places = [index for index, _ in self.arrivals]
-        if places != sorted(places) or (places and not 0 <= places[0] <= places[-1] < len(self.stamps)):
+        if not _rises(self.stamps, LAST_NS) or not _rises(self.sent, LAST_NS):
+            raise ValueError("its times go back, or lie outside of 62 bits")
+        if not _rises((index for index, _ in self.arrivals), len(self.stamps)):
             raise ValueError("messages do not belong to the iterations")
-        if self.keeps_tokens and len(self.tokens) != len(self.sent):
+        if len(self.tokens) != (len(self.sent) if self.keeps_tokens else 0):
             raise ValueError(f"tokens of {len(self.tokens)} steps, but {len(self.sent)} were sent")
-        for rows in (self.stopped, self.invalid, self.logprobs):
-            if any(not 0 <= step < len(self.sent) for step in rows):
-                raise ValueError("a result belongs to no step")
+        if not all(_rises(rows, len(self.sent)) for rows in (self.stopped, self.invalid, self.logprobs)):
+            raise ValueError("a result belongs to no step")
 
 
-_Rows = tuple[int, tuple[int, ...]]
-_Part = tuple[tuple[int, ...], bytes]
+def _rises(values: Iterable[int], end: int) -> bool:
+    """Whether no value is less than the one before it, and all lie in [0, end)."""
+    found = np.fromiter(values, dtype=np.int64)
+    return not len(found) or bool(found[0] >= 0 and found[-1] < end and (found[1:] >= found[:-1]).all())
+
+
+_Rows = tuple[_Index, tuple[_Index, ...]]
+_Part = tuple[tuple[_Index, ...], bytes]
 """Shape and content of an array."""
 
 
@@ -146,7 +157,7 @@ class _Document(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     keeps_tokens: bool
     stamps: bytes
     """int64 little-endian, as ``sent`` and ``counts``."""
-    arrivals: list[tuple[int, bytes]]
+    arrivals: list[tuple[_Index, bytes]]
     sent: bytes
     counts: bytes
     """Tokens of each step."""
@@ -154,7 +165,7 @@ class _Document(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """int32 little-endian, all steps."""
     stopped: list[_Rows]
     invalid: list[_Rows]
-    logprobs: list[tuple[int, tuple[_Part, _Part, _Part, _Part]]]
+    logprobs: list[tuple[_Index, tuple[_Part, _Part, _Part, _Part]]]
 
 
 _decoder = msgspec.msgpack.Decoder(_Document)
@@ -170,8 +181,8 @@ def _unpack(data: bytes) -> NDArray[np.int64]:
 
 def _cut(document: _Document) -> list[NDArray[np.int32]]:
     counts, tokens = _unpack(document.counts), np.frombuffer(document.tokens, "<i4").astype(np.int32)
-    if (counts < 0).any() or int(counts.sum()) != len(tokens):
-        raise ValueError(f"{len(tokens)} tokens, but the steps have {int(counts.sum())}")
+    if ((counts < 0) | (counts > len(tokens))).any() or int(counts.sum()) != len(tokens):
+        raise ValueError(f"its {len(tokens)} tokens are not what the steps have together")
     return np.split(tokens, np.cumsum(counts)[:-1]) if len(counts) else []
 
 

@@ -245,10 +245,11 @@ class Run:
                 remedy=f"This version reads format {files.FORMAT}.",
             )
         files.check_seal(folder)
-        files.check_digests(folder, content.get("files", {}))
+        summary = files.summary(content, folder / "run.json")
+        files.check_digests(folder, summary.files)
         scenario = files.read_yaml(folder / "scenario.resolved.yaml")
-        records = files.read_records(folder, dict(content.get("counters", {})))
-        meta = {**content.get("meta", {}), "provenance": content.get("provenance", {})}
+        records = files.read_records(folder, summary.counters)
+        meta = {**summary.meta, "provenance": summary.provenance}
         run = cls(scenario, records, meta, folder)
         digest = files.read_bytes(folder / "decisions.sha256").decode("utf-8", "replace").split()
         if digest[:1] != [run.decision_digest]:

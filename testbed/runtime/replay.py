@@ -7,12 +7,13 @@ Whoever made the run (virtual time, paced, a GPU elsewhere), its decisions must 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from testbed.batch import Batch, BatchShape, StepResult
+from testbed.batch import Batch, BatchShape, StepLogprobs, StepResult
 from testbed.loops.base import LoopContext
 from testbed.loops.select import EventLoop
 from testbed.memory import OutOfPages
@@ -28,7 +29,7 @@ from testbed.scheduler.invariants import InvariantError
 from testbed.scheduler.scheduler import Scheduler
 
 WORK_COLUMNS = ("stage", "step", "rows", "new_tokens", "admitted", "waiting", "matched_tokens")
-STATE_COLUMNS = ("rows", "new_tokens", "running", "waiting", "free_tokens", "evictable_tokens", "evicted_tokens")
+STATE_COLUMNS = ("rows", "new_tokens", "running", "waiting", "free_tokens", "evictable_tokens", "new_token_ratio")
 """Columns of the step records that say in which state the scheduler was when it decided."""
 
 
@@ -38,33 +39,34 @@ class Standing:
 
     step: int
     now_ns: int
-    """Stamp of the iteration that decided it."""
+    """Stamp of the iteration in which the replay stands."""
     reason: str
     recorded: Decision | None = None
     """What the run decided; None when it has no such step."""
     replayed: Decision | None = None
-    recorded_state: dict[str, int] = field(default_factory=dict)
+    recorded_state: dict[str, float] = field(default_factory=dict)
     """See ``STATE_COLUMNS``."""
-    replayed_state: dict[str, int] = field(default_factory=dict)
+    replayed_state: dict[str, float] = field(default_factory=dict)
     waiting: tuple[str, ...] = ()
     """Ids in the replayed scheduler's waiting queue, in order."""
     running: tuple[str, ...] = ()
 
     def explain(self) -> str:
-        """Both sides, a line each thing that differs."""
-        lines = [f"step {self.step}, decided at {self.now_ns / 1e6:.3f} ms: {self.reason}"]
-        if self.recorded or self.replayed:
-            lines.append(f"  {'':18}{'recorded':>24}{'replayed':>24}")
-        for name in Decision.__slots__ if self.recorded and self.replayed else ():
-            was, now = getattr(self.recorded, name), getattr(self.replayed, name)
-            mark = "" if was == now else "  <-"
-            lines.append(f"  {name:18}{_short(was):>24}{_short(now):>24}{mark}")
-        for name in self.recorded_state:
-            was, now = self.recorded_state[name], self.replayed_state.get(name)
-            lines.append(f"  {name:18}{was:>24}{'' if now is None else now:>24}{'' if was == now else '  <-'}")
-        lines.append(f"  waiting now: {_names(self.waiting)}")
-        lines.append(f"  running now: {_names(self.running)}")
-        return "\n".join(lines)
+        """Both sides, a line each figure, then the lists in which they differ."""
+        sides = (_figures(self.recorded, self.recorded_state), _figures(self.replayed, self.replayed_state))
+        other = _other_lists(self.recorded, self.replayed)
+        lines = [f"step {self.step:,}, at {self.now_ns / 1e6:,.3f} ms: {self.reason}"]
+        lines.append(f"  {'':18}{'recorded':>12}{'replayed':>12}")
+        for name in {**sides[0], **sides[1]}:
+            was, now = (side.get(name, "-") for side in sides)
+            lines.append(f"  {name:18}{was:>12}{now:>12}{'' if was == now and name not in other else '  <-'}")
+        for name, (start, was_list, now_list) in other.items():
+            lines.append(f"  {name}, from number {start} on")
+            lines += [f"    recorded: {_items(was_list)}", f"    replayed: {_items(now_list)}"]
+        if other:
+            lines.append("  (requests by order of arrival, prefills as (request, tokens known, tokens computed))")
+        queues = (("waiting", self.waiting), ("running", self.running))
+        return "\n".join([*lines, *(f"  {name} in the replay: {_items(ids)}" for name, ids in queues)])
 
 
 @dataclass(slots=True)
@@ -86,13 +88,25 @@ class Replayed:
     """Of the replay: the requests and steps as the scheduler told them again."""
     last: Standing
     """Where the replay ended."""
+    differing: tuple[str, ...] = ()
+    """Columns of the run's records that come out otherwise although every decision is the recorded one: the records or
+    the journal were changed, or this program keeps records in another way. Empty where the replay ended early."""
+
+    @property
+    def equal(self) -> bool:
+        """Whether nothing differs, in decisions and records, as far as the replay went."""
+        return self.divergence is None and not self.differing
 
     def verdict(self) -> str:
         """One line."""
-        steps = f"{self.steps:,} of {self.recorded_steps:,} steps replayed"
         if self.divergence is not None:
-            return f"DIVERGES at step {self.divergence.step:,} ({steps})"
-        return f"{steps}, every decision is the recorded one (digest {digest(self.records.decisions)[:16]})"
+            return f"DIVERGES at step {self.divergence.step:,} of {self.recorded_steps:,}"
+        if self.steps < self.recorded_steps:
+            return f"the first {self.steps:,} of {self.recorded_steps:,} steps: every decision is the recorded one"
+        steps = f"{self.steps:,} steps, every decision is the recorded one"
+        if self.differing:
+            return f"{steps}, but the RECORDS DIFFER: {', '.join(self.differing)}"
+        return f"{steps} (digest {digest(self.records.decisions)[:16]})"
 
 
 class _Diverged(Exception):
@@ -162,10 +176,12 @@ class ReplayRuntime:
         """See ports.Executor: nothing is computed; the decision is compared."""
         self.shapes.append(batch.shape)
         self._compare()
+        # The oracle looks at the requests' slots, which they may have lost when the result is asked for.
+        token_ids = None if self.journal.keeps_tokens else self._oracle.result(batch)[0]
         self.charge(Stage.LAUNCH, batch.rows, sum(batch.shape.new_tokens))
         self.charge(Stage.SAMPLE, batch.rows)
         self.launches += 1
-        return _Recorded(self, batch)
+        return _Recorded(self, batch, token_ids)
 
     def _compare(self) -> None:
         log = self.scheduler.decision_log.tail(self._compared)
@@ -174,29 +190,22 @@ class ReplayRuntime:
             raise _Diverged(self.launches, "the run launches no more" if ended else "another decision")
         self._compared += len(log)
 
-    def result_of(self, batch: Batch) -> StepResult:
-        """What the run's device returned for a step."""
+    def result_of(self, batch: Batch, token_ids: NDArray[np.int32] | None) -> StepResult:
+        """What the run's device returned for a step; ``token_ids`` where the journal keeps none."""
         step, journal = batch.index, self.journal
         if step >= len(journal.sent) or step >= len(self._times):
             raise _Diverged(step, "the run holds no result of this step")
-        if journal.keeps_tokens:
+        if token_ids is None:
             token_ids = journal.tokens[step]
-        else:
-            token_ids, _ = self._oracle.result(batch)
+        stopped, invalid = journal.stopped.get(step, ()), journal.invalid.get(step, ())
+        logprobs = journal.logprobs.get(step)
         if len(token_ids) != batch.rows:
             raise _Diverged(step, f"the device returned {len(token_ids)} tokens for {batch.rows} rows")
+        if max((*stopped, *invalid), default=0) >= batch.rows or not _fit(logprobs, batch):
+            raise _Diverged(step, "the device returned something else than this step asks for")
         launch, start, end, graph = self._times[step]
         self.charge(Stage.WAIT, len(token_ids))
-        return StepResult(
-            token_ids,
-            journal.stopped.get(step, ()),
-            launch,
-            start,
-            end,
-            bool(graph),
-            journal.logprobs.get(step),
-            journal.invalid.get(step, ()),
-        )
+        return StepResult(token_ids, stopped, launch, start, end, bool(graph), logprobs, invalid)
 
     # -- Outbox -------------------------------------------------------------------------------------------------------
 
@@ -226,38 +235,35 @@ class ReplayRuntime:
             reason=reason,
             recorded=decision_at(self.records.decisions, step),
             replayed=decision_at(scheduler.decision_log.bytes(), step),
-            recorded_state={name: int(ints(steps, name)[step]) for name in STATE_COLUMNS} if reached else {},
-            replayed_state=self._state(),
+            recorded_state={name: np.asarray(steps[name])[step].item() for name in STATE_COLUMNS} if reached else {},
+            replayed_state=self._state(step),
             waiting=tuple(request.rid for request in scheduler.waiting),
             running=tuple(request.rid for request in scheduler.running.requests),
         )
 
-    def _state(self) -> dict[str, int]:
-        batch = self.scheduler.last_batch
+    def _state(self, step: int) -> dict[str, float]:
+        launched = (*self.scheduler.in_flight, self.scheduler.last_batch)
+        batch = next((batch for batch in launched if batch is not None and batch.index == step), None)
         if batch is None:
             return {}
-        return dict(
-            zip(
-                STATE_COLUMNS,
-                (batch.rows, sum(batch.shape.new_tokens), *batch.decided, batch.evicted_tokens),
-                strict=True,
-            )
-        )
+        state = (batch.rows, sum(batch.shape.new_tokens), *batch.decided, batch.new_token_ratio)
+        return dict(zip(STATE_COLUMNS, state, strict=True))
 
 
 class _Recorded:
-    __slots__ = ("_batch", "_runtime")
+    __slots__ = ("_batch", "_runtime", "_token_ids")
 
-    def __init__(self, runtime: ReplayRuntime, batch: Batch) -> None:
+    def __init__(self, runtime: ReplayRuntime, batch: Batch, token_ids: NDArray[np.int32] | None) -> None:
         self._runtime = runtime
         self._batch = batch
+        self._token_ids = token_ids
 
     def sample(self, masks: object) -> None:
         """See ports.Pending: the run has sampled."""
 
     async def result(self) -> StepResult:
         """See ports.Pending."""
-        return self._runtime.result_of(self._batch)
+        return self._runtime.result_of(self._batch, self._token_ids)
 
 
 def replay_loop(
@@ -279,24 +285,81 @@ def replay_loop(
     table = np.frombuffer(runtime.work, dtype=np.int64).reshape(-1, len(WORK_COLUMNS))
     requests = records.requests
     sent = zip(ints(requests, "arrival_ns").tolist(), requests["session"], requests["tenant"], strict=True)
+    again = scheduler.recorder.records(dict(zip(requests["id"], sent, strict=True)), scheduler.decision_log.bytes())
+    whole = divergence is None and until_step is None
     return Replayed(
         steps=len(runtime.shapes),
-        recorded_steps=max(len(ints(records.steps, "step")), len(runtime.shapes) if divergence is None else 0),
+        recorded_steps=len(runtime.shapes) if whole else len(ints(records.steps, "step")),
         divergence=divergence,
         last=divergence or runtime.standing(max(runtime.launches - 1, 0), "the last step launched again"),
         shapes=runtime.shapes,
         work={name: table[:, place] for place, name in enumerate(WORK_COLUMNS)},
-        records=scheduler.recorder.records(
-            dict(zip(requests["id"], sent, strict=True)), scheduler.decision_log.bytes()
-        ),
+        records=again,
+        differing=_differing(records, again) if whole else (),
     )
 
 
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 22 else text[:19] + "..."
+def _fit(found: StepLogprobs | None, batch: Batch) -> bool:
+    """Whether these log-probabilities have a place for every row that keeps some of a step of this shape."""
+    if found is None:
+        return True
+    rows, new_tokens = batch.rows, sum(batch.shape.new_tokens)
+    drawn = [*(prefill.request for prefill in batch.prefills if prefill.last), *batch.decodes]
+    wanted = any(request.top_logprobs for request in drawn if request.logprobs is not None)
+    return (
+        found.tokens.shape == (rows,)
+        and found.prompt.shape in ((0,), (new_tokens,))
+        and found.top.shape == found.top_ids.shape
+        and found.top.ndim == 2
+        and (len(found.top) == rows or not wanted)
+    )
 
 
-def _names(ids: tuple[str, ...]) -> str:
-    shown = ", ".join(ids[:12])
-    return f"{len(ids)} ({shown}{', ...' if len(ids) > 12 else ''})" if ids else "none"
+def _differing(recorded: Records, again: Records) -> tuple[str, ...]:
+    """Columns of requests and steps that are not equal; times of steps are the run's own, their work is not made."""
+    found = [
+        f"{table}.{name}"
+        for table in ("requests", "steps")
+        for name, column in getattr(again, table).items()
+        if not np.array_equal(column, getattr(recorded, table)[name])
+    ]
+    same_tokens = np.array_equal(again.token_offsets, recorded.token_offsets)
+    if not same_tokens or not np.array_equal(again.token_times_ns, recorded.token_times_ns):
+        found.append("tokens.time_ns")
+    return tuple(found)
+
+
+_LISTS = ("prefills", "decodes", "retracted", "pages")
+
+
+def _figures(decision: Decision | None, state: dict[str, float]) -> dict[str, str]:
+    """What ``explain`` shows of one side; lists by their length."""
+    figures: dict[str, float] = {}
+    if decision is not None:
+        figures = {name: len(getattr(decision, name)) for name in _LISTS}
+        figures["evicted_tokens"] = decision.evicted_tokens
+    shown = {
+        name: f"{value:,}" if isinstance(value, int) else f"{value:.4f}" for name, value in (figures | state).items()
+    }
+    return shown if decision is None else {"mode": decision.mode.name.lower(), **shown}
+
+
+def _other_lists(
+    recorded: Decision | None, replayed: Decision | None
+) -> dict[str, tuple[int, Sequence[object], Sequence[object]]]:
+    """Lists of two decisions that are not equal: (first place that differs, both from there on) by name."""
+    if recorded is None or replayed is None:
+        return {}
+    found = {}
+    for name in _LISTS:
+        was, now = getattr(recorded, name), getattr(replayed, name)
+        if was != now:
+            pairs = enumerate(zip(was, now, strict=False))
+            start = next((place for place, (one, other) in pairs if one != other), min(len(was), len(now)))
+            found[name] = (start, was[start:], now[start:])
+    return found
+
+
+def _items(values: Sequence[object]) -> str:
+    shown = ", ".join(map(str, values[:12]))
+    return f"{shown}, ... ({len(values):,})" if len(values) > 12 else shown or "none"

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+
+def _stored(number: int) -> int:
+    """Records and journals keep 64 bits; sums of two fit into them."""
+    if number.bit_length() > 62:
+        raise ValueError("a number of more than 62 bits")
+    return number
+
+
+PositiveInt = Annotated[int, Field(gt=0), AfterValidator(_stored)]
+NonNegativeInt = Annotated[int, Field(ge=0), AfterValidator(_stored)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 

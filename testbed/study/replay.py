@@ -11,8 +11,13 @@ from testbed.api import build_loop, build_scheduler
 from testbed.metrics.run import Run
 from testbed.runtime.replay import Replayed, replay_loop
 from testbed.scenario.errors import InputError
-from testbed.scenario.plugins import is_plugin
+from testbed.scenario.plugins import is_plugin, own_faults
 from testbed.scenario.schema import EngineConfig, Scenario
+from testbed.scheduler.decisions import HEADER
+
+MOST_PAGES = 1 << 28
+MOST_REQUESTS = 1 << 20
+"""Memory is reserved for as many at once; a run that claims more is not replayed."""
 
 
 def replay(run: Run | Path | str, *, until_step: int | None = None, own_code: bool = False) -> Replayed:
@@ -27,13 +32,19 @@ def replay(run: Run | Path | str, *, until_step: int | None = None, own_code: bo
     journal = chosen.records.journal
     if journal is None or journal.setting is None:
         raise InputError("the run has no journal to replay", where=where, remedy="run the scenario again")
-    config = _engine_of(chosen, where)
+    if chosen.records.decisions[: len(HEADER)] != HEADER:
+        raise InputError("its decision log is no log of this version", where=where, remedy="run the scenario again")
+    config = _engine_of(chosen, where).model_copy(update={"loop": journal.setting.loop})
+    if journal.setting.kv_tokens // config.page_size > MOST_PAGES or config.max_running_requests > MOST_REQUESTS:
+        remedy = f"at most {MOST_PAGES:,} pages and {MOST_REQUESTS:,} requests at once"
+        raise InputError("the run claims more memory than a replay takes", where=where, remedy=remedy)
     for field, name in _own_parts(config):
         if not own_code:
             remedy = "read that code; then replay with --own-code"
             raise InputError(f"the run was made with code of its own: {name}", where=f"engine.{field}", remedy=remedy)
-    _, loop = build_loop(config.model_copy(update={"loop": journal.setting.loop}))
-    return replay_loop(loop, build_scheduler(config, journal.setting), journal, chosen.records, until_step)
+    _, loop = build_loop(config)
+    with own_faults():
+        return replay_loop(loop, build_scheduler(config, journal.setting), journal, chosen.records, until_step)
 
 
 def _engine_of(run: Run, where: str) -> EngineConfig:

@@ -55,6 +55,6 @@ class Terms:
         iteration: int = -1,
     ) -> TimedRequest:
         """A request whose true length is ``output_tokens``. It ends there, or at what the scheduler was told."""
-        told = self._fixed if self._fixed is not None else ceil(output_tokens * self._ratio)
+        told = self._fixed if self._fixed is not None else ceil(min(output_tokens * self._ratio, 2.0**62))
         message = GenerateRequest(rid, prompt, told, self._ignore_eos, priority, sampling=self._sampling)
         return TimedRequest(arrival_ns, message, min(output_tokens, told), session, tenant, iteration)

@@ -134,6 +134,7 @@ FIELDS = [
     edited("limit of p0", "{p99: 1000}", "{p0: 1000}", "12:17", "slo.ttft_ms.p0", "p50"),
     edited("limit of no latency", "{p99: 1000}", "{p99: 0}", "12:17", "slo.ttft_ms.p99: 0", "above 0"),
     edited("not a plugin path", "loop: normal", "loop: a b:c", "5:3", "engine.loop", "package.module:name"),
+    edited("a seed that no file holds", "name: broken", f"seed: {10**30}", "1:1", "seed", "62 bits"),
     edited("sweep", "slo:", "sweep: {seed: [1, 2]}\nslo:", "12:1", "sweep", "compare"),
     edited("no variants", "slo:", "compare: {}\nslo:", "12:1", "compare: names no variants", "compare: {normal"),
     edited("variant path", "slo:", "compare: {a: {engine.lop: auto}}\nslo:", "12:15", "engine.lop", "did you mean 'loop'?"),
