@@ -20,7 +20,7 @@ from typing import Annotated
 import typer
 
 import testbed
-from testbed.cli import compare, confirm, model, presets, replay, report, run, simulate, trace, validate
+from testbed.cli import calibrate, compare, confirm, model, presets, replay, report, run, simulate, trace, validate
 from testbed.scenario.errors import InputError
 
 OK, MISSED, WRONG_INPUT, INTERNAL, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 130, 141
@@ -53,6 +53,7 @@ for _command in (
     simulate.simulate,
     run.run,
     validate.validate,
+    calibrate.calibrate,
     compare.compare,
     confirm.confirm,
     replay.replay,

@@ -69,9 +69,7 @@ def open_device(options: EngineOptions, *, in_process: bool | None = None) -> De
     ``in_process``: None: CUDA is, a CPU is not, because torch would compete with the loop for the interpreter.
     Raises InputError for a model that cannot be run, a broken checkpoint, too little memory, or a missing torch.
     """
-    with needs_installing():
-        import torch
-    cuda = torch.cuda.is_available()
+    cuda = has_cuda()
     if in_process is None:
         in_process = cuda
     if not in_process:
@@ -79,8 +77,17 @@ def open_device(options: EngineOptions, *, in_process: bool | None = None) -> De
             from testbed.engine.process import ProcessDevice
         return ProcessDevice(options)
     with needs_installing():
+        import torch
+
         from testbed.engine.build import LocalDevice, build_runner
     return LocalDevice(build_runner(options, torch.device("cuda" if cuda else "cpu")))
+
+
+def has_cuda() -> bool:
+    """Whether this machine's device is CUDA. Raises InputError for a missing torch."""
+    with needs_installing():
+        import torch
+    return torch.cuda.is_available()
 
 
 @contextmanager

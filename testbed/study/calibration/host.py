@@ -51,11 +51,17 @@ from testbed.study.replay import replay
 WARM_STEPS = 10
 FIT, HELD_OUT, AGAIN = "fit", "held out", "again"
 PARTS = (FIT, HELD_OUT, AGAIN)
+KINDS = [
+    *((stage, "decode") for stage in Stage),
+    *((stage, "prefill") for stage in (Stage.RECEIVE, Stage.SCHEDULE, Stage.PREPARE, Stage.LAUNCH)),
+]
+"""What is fitted apart; the other stages are not told what kind of step they belong to."""
 REFERENCE_US = 57.0
 """1,000 dictionary increments on the core that host profiles are stated for (host_times.md, section 2)."""
-OVERHEAD = 1.8
-"""A run takes this much longer than its workload sends: it is built, drained and replayed."""
+OVERHEAD_S = 0.4
+"""Of a run: it is built, drained and replayed."""
 LEAST_S = 0.02
+"""Of sending requests in a run."""
 
 Execute = Callable[[Scenario], Run]
 Tell = Callable[[str], None]
@@ -94,6 +100,7 @@ class HostCalibration:
     """1,000 dictionary increments on this core."""
     where: str
     """What was calibrated: model, device, kind of run."""
+    date: str
     notes: tuple[str, ...] = ()
 
     @property
@@ -114,9 +121,14 @@ class HostCalibration:
         (signed: predicted less measured, over measured), ``mean_error_percent`` (mean of the absolute errors over the
         mean), ``p90_error_percent`` (of the absolute relative errors), ``tail_percent`` (what the tail took beyond the
         line, of the measured time), ``noise_percent`` (the mean of the same workloads run again, against the first)."""
-        groups = [*self.charges.groupby(["stage", "kind"], sort=False), (("all", ""), self.charges)]
-        rows = [{"stage": name[0], "kind": name[1], **_errors(group)} for name, group in groups]
-        return pd.DataFrame(rows)
+        groups = {(line.stage.name.lower(), line.kind): self._charges_of(line) for line in self.lines}
+        groups["all", ""] = self.charges
+        return pd.DataFrame(
+            [{"stage": stage, "kind": kind, **_errors(group)} for (stage, kind), group in groups.items()]
+        )
+
+    def _charges_of(self, line: Line) -> pd.DataFrame:
+        return self.charges[self.charges.stage.eq(line.stage.name.lower()) & self.charges.kind.eq(line.kind)]
 
     def mapping(self) -> dict[str, Any]:
         """The profile as ``load_host`` reads it."""
@@ -133,13 +145,19 @@ class HostCalibration:
                 "eager_per_kernel_us": _parameter(self.launches.eager_per_kernel, "launch of a step over its kernels"),
             },
             "fit": {
-                "reference_loop_us": round(self.reference_us, 2),
-                "machine": f"{processor_name()}, {os.cpu_count()} cores",
-                "date": datetime.now(UTC).isoformat(timespec="seconds"),
-                "testbed": testbed.__version__,
-                "python": platform.python_version(),
+                **self.provenance(),
                 "held_out": {" ".join([row.pop("stage"), row.pop("kind")]).strip(): row for row in errors},
             },
+        }
+
+    def provenance(self) -> dict[str, Any]:
+        """Where, when and with what it was measured."""
+        return {
+            "reference_loop_us": round(self.reference_us, 2),
+            "machine": f"{processor_name()}, {os.cpu_count()} cores",
+            "date": self.date,
+            "testbed": testbed.__version__,
+            "python": platform.python_version(),
         }
 
     def _stages(self) -> dict[str, Any]:
@@ -179,21 +197,24 @@ def measure_host(
     called with a line before each run. Raises KeyboardInterrupt when a run was interrupted.
     """
     context = scenario.engine.context_length or 2048
-    each_s = max(seconds / (OVERHEAD * len(PARTS) * len(LOOPS) * len(host_workloads(1.0, context))), LEAST_S)
+    runs = len(PARTS) * len(LOOPS) * len(host_workloads(1.0, context))
+    each_s = max(seconds / runs - OVERHEAD_S, LEAST_S)
     until = time.monotonic() + seconds
     execute(next(_scenarios(scenario, LEAST_S, context))[1])  # imports, first touches
-    tables, left_out = [], 0
+    tables: list[pd.DataFrame] = []
+    left_out: dict[str, None] = {}
     for labels, one in _scenarios(scenario, each_s, context):
-        if labels["part"] != FIT and time.monotonic() > until:
-            left_out += 1
+        about = f"{labels['workload']} under the {labels['loop']} loop"
+        if about in left_out or (tables and labels["part"] == FIT and time.monotonic() > until):
+            left_out[about] = None
             continue
-        tell(f"host: {labels['workload']}, {labels['loop']} loop, {labels['part']}")
+        tell(f"host: {about}, {labels['part']}")
         run = execute(one)
         if run.meta.get("interrupted"):
             raise KeyboardInterrupt
         tables.append(charges_of(run, cost_model).assign(**labels))
     charges = pd.concat(tables, ignore_index=True)
-    notes = [f"{left_out} runs were left out: the time was up"] if left_out else []
+    notes = [f"left out, for the time was up: {', '.join(left_out)}"] if left_out else []
     label = "paced" if cost_model is None else "real"
     device = scenario.device if isinstance(scenario.device, str) else "a device of constant times"
     return fit_host(charges, f"{scenario.model} on {device}, {label}", notes)
@@ -248,16 +269,19 @@ def fit_host(charges: pd.DataFrame, where: str, notes: Sequence[str] = ()) -> Ho
         launches, found, predicted = _fit_launches(charges[by_device])
         lines += found
         charges.loc[by_device, "predicted_ns"] = predicted
-    for stage in Stage:
-        for kind in ("decode", "prefill"):
-            group = charges[charges.stage.eq(stage.name.lower()) & charges.kind.eq(kind) & ~by_device]
-            fitted = group[group.part == FIT]
-            if len(fitted):
-                terms, tail_ns = _fit(_columns(fitted), fitted.measured_ns.to_numpy(np.float64))
-                lines.append(Line(stage, kind, Terms(**terms), tail_ns, len(fitted)))
-                charges.loc[group.index, "predicted_ns"] = sum(terms[name] * x for name, x in _columns(group).items())
+    for stage, kind in KINDS:
+        group = charges[charges.stage.eq(stage.name.lower()) & charges.kind.eq(kind) & ~by_device]
+        fitted = group[group.part == FIT]
+        if len(fitted):
+            terms, tail_ns = _fit(_columns(fitted), fitted.measured_ns.to_numpy(np.float64))
+            lines.append(Line(stage, kind, Terms(**terms), tail_ns, len(fitted)))
+            charges.loc[group.index, "predicted_ns"] = sum(terms[name] * x for name, x in _columns(group).items())
     lines.sort(key=lambda line: line.stage)
-    return HostCalibration(tuple(lines), launches, charges, reference_loop_us(), where, tuple(notes))
+    seen = [(line.stage, line.kind) for line in lines]
+    missing = [f"{stage.name.lower()}, {kind}" for stage, kind in KINDS if (stage, kind) not in seen]
+    notes = [*notes, *(f"{what}: no charge was seen; it is priced 0" for what in missing)]
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    return HostCalibration(tuple(lines), launches, charges, reference_loop_us(), where, date, tuple(notes))
 
 
 def _fit(columns: Mapping[str, Floats], measured_ns: Floats) -> tuple[dict[str, float], float]:

@@ -27,7 +27,8 @@ ACCIDENT_NS = 5_000_000
 """Of a longer pause only this much is shared out: a slice of the operating system's scheduler is shorter, and one
 accident in a run of seconds would stand in the profile for ever."""
 PASSES = 8
-"""Cutting and weighing settle in three or four."""
+SETTLED = 1e-4
+"""Cutting and weighing end when no coefficient changes by more: mostly after three or four passes."""
 PAYS = 0.005
 
 
@@ -41,7 +42,9 @@ def fit_line(columns: Floats, measured_ns: Floats) -> Floats:
     for _ in range(PASSES):
         kept = ~is_tail(measured_ns, columns @ line)
         root = 1.0 / np.sqrt(np.maximum(columns[kept] @ line, 1.0))
-        line = _weighted(columns[kept], measured_ns[kept], root)
+        before, line = line, _weighted(columns[kept], measured_ns[kept], root)
+        if np.allclose(line, before, rtol=SETTLED, atol=0):
+            break
     return line
 
 
@@ -88,6 +91,6 @@ def _weighted(columns: Floats, measured_ns: Floats, root: Floats) -> Floats:
     """Least squares from 0 with each row times ``root`` (the root of its weight); columns are scaled alike first."""
     scale = np.maximum(np.abs(columns).max(axis=0, initial=0.0), 1e-30)
     rows = np.column_stack([columns / scale, measured_ns]) * root[:, None]
-    small = np.linalg.qr(rows, mode="r")  # has the normal equations of all the rows in a dozen of them
+    small = np.asarray(np.linalg.qr(rows, mode="r"))  # has the normal equations of all the rows in a dozen of them
     solution, _ = nnls(small[:, :-1], small[:, -1])
     return np.asarray(solution / scale, dtype=np.float64)
