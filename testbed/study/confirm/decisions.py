@@ -53,8 +53,8 @@ def compare_decisions(one: Run, other: Run, names: tuple[str, str] = ("simulatio
     sides = _Side(names[0], one, step), _Side(names[1], other, step)
     silent = names[0] if left is None else names[1] if right is None else ""
     cause, why = _explain(*sides, silent)
-    tied = one.scenario.get("workload", {}).get("arrivals", {}).get("kind") == "at_iteration"
-    by_timing = cause in ("arrival", "end", "idle") and not tied
+    arrivals = one.scenario.get("workload", {}).get("arrivals") or {}  # null in those of a trace
+    by_timing = cause in ("arrival", "end", "idle") and arrivals.get("kind") != "at_iteration"
     return Difference(step, in_words(left, sides[0].ids), in_words(right, sides[1].ids), cause, why, by_timing)
 
 
@@ -156,8 +156,8 @@ class _Side:
 
     @property
     def ratios(self) -> Floats:
-        """The estimate of output at each step up to this one: float64 [steps]."""
-        return floats(self._run.records.steps, "new_token_ratio")[: self.step + 1]
+        """The estimate of output at each step before this one: float64 [steps]."""
+        return floats(self._run.records.steps, "new_token_ratio")[: self.step]
 
     @property
     def room(self) -> tuple[int, int]:
@@ -202,18 +202,19 @@ def _arrival(more: Sequence[str], has: _Side, lacks: _Side) -> str:
 def _by_estimate(one: _Side, other: _Side) -> tuple[str, str]:
     """Both knew the same. The estimate of output (``new_token_ratio``) is the scheduler's own state, but starts afresh
     whenever the loop finds nothing to do: that is timing, anything else is the scheduler."""
-    count = min(len(one.ratios), len(other.ratios))
-    apart = np.flatnonzero(one.ratios[:count] != other.ratios[:count])
-    same = "both had received and finished the same, and decide differently: the scheduler is not the same"
-    if not len(apart):
-        return "scheduler", same
-    step = int(apart[0])
-    told = f"from step {step:,} on the estimate of output differs ({one.ratios[step]:.4f}, {other.ratios[step]:.4f})"
+    apart = np.flatnonzero(one.ratios != other.ratios)
+    step = int(apart[0]) if len(apart) else one.step
+    told = "the estimate of output is the same up to there"
+    if len(apart):
+        told = (
+            f"from step {step:,} on the estimate of output differs ({one.ratios[step]:.4f}, {other.ratios[step]:.4f})"
+        )
     recvs = one.recvs_before(step), other.recvs_before(step)
     if recvs[0] == recvs[1]:
-        return "scheduler", f"{same}; {told}"
+        return "scheduler", f"both had received and finished the same, and decide differently; {told}"
     idle = one if recvs[0] > recvs[1] else other
-    return "idle", f"{told}: before it the loop of the {idle.name} had found nothing to do, which starts it afresh"
+    told = f"before step {step:,} the loop of the {idle.name} had found nothing to do"
+    return "idle", f"{told}, which starts its estimate of output afresh"
 
 
 def _some(ids: Sequence[str]) -> str:
