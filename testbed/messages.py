@@ -59,6 +59,17 @@ class _Incoming(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, forbi
     """Something that a scheduler receives."""
 
 
+class TextOptions(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """How the tokens of a request become text: for whoever detokenises; a scheduler hands it through unread."""
+
+    stop: tuple[str, ...] = ()
+    """The text ends before the first of these that it comes to hold."""
+    include_stop: bool = False
+    """And keeps it."""
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+
+
 class GenerateRequest(_Incoming, frozen=True):
     """Generate up to ``max_new_tokens`` after ``prompt``. The true output length is not here: the executor knows it."""
 
@@ -78,6 +89,8 @@ class GenerateRequest(_Incoming, frozen=True):
     """And of this many most likely tokens beside each."""
     logprob_start: int = -1
     """And of the prompt's tokens behind this position; -1: none."""
+    text: TextOptions | None = None
+    """None: nobody wants text."""
 
 
 class BatchGenerateRequest(_Incoming, frozen=True):
