@@ -274,6 +274,7 @@ def fit_host(charges: pd.DataFrame, where: str, notes: Sequence[str] = ()) -> Ho
         fitted = group[group.part == FIT]
         if len(fitted):
             terms, tail_ns = _fit(_columns(fitted), fitted.measured_ns.to_numpy(np.float64))
+            terms["fixed"] = round(terms["fixed"] + tail_ns, 3)
             lines.append(Line(stage, kind, Terms(**terms), tail_ns, len(fitted)))
             charges.loc[group.index, "predicted_ns"] = sum(terms[name] * x for name, x in _columns(group).items())
     lines.sort(key=lambda line: line.stage)
@@ -285,28 +286,30 @@ def fit_host(charges: pd.DataFrame, where: str, notes: Sequence[str] = ()) -> Ho
 
 
 def _fit(columns: Mapping[str, Floats], measured_ns: Floats) -> tuple[dict[str, float], float]:
-    """Coefficients (ns) by column, 0 for what does not pay, the first with the tail's mean; and that mean."""
+    """Coefficients (ns) by column, 0 for what does not pay; and the mean of the tail."""
     table = np.column_stack(list(columns.values()))
     chosen = terms_that_pay(table, measured_ns)
     line = np.zeros(table.shape[1])
     line[chosen] = fit_line(table[:, chosen], measured_ns)
-    tail_ns = tail_mean(measured_ns, table @ line)
-    line[0] += tail_ns
-    return {name: round(float(value), 3) for name, value in zip(columns, line, strict=True)}, tail_ns
+    terms = {name: round(float(value), 3) for name, value in zip(columns, line, strict=True)}
+    return terms, tail_mean(measured_ns, table @ line)
 
 
 def _fit_launches(group: pd.DataFrame) -> tuple[Launches, list[Line], Floats]:
-    """Launches on a real device: what is launched, and what preparing it adds by rows and new tokens."""
+    """Launches on a real device: what is launched, and what preparing it adds by rows and new tokens.
+
+    Their tail is left out: where the device is a process that was woken on the loop's own core, it computes while the
+    launch seems to last, so that the time is not lost.
+    """
     names = {"graph": "graph", "eager_per_kernel": "eager_kernels", "per_row": "rows", "per_new_token": "new_tokens"}
     columns = {term: group[column].to_numpy(np.float64) for term, column in names.items()}
     part = (group.part == FIT).to_numpy()
     measured = group.measured_ns.to_numpy(np.float64)
-    found, tail_ns = _fit({term: values[part] for term, values in columns.items()}, measured[part])
-    found["graph"] = round(found["graph"] - tail_ns, 3)  # every launch has a tail, in a graph or not
-    terms = Terms(fixed=round(tail_ns, 3), per_row=found["per_row"], per_new_token=found["per_new_token"])
-    lines = [Line(Stage.LAUNCH, kind, terms, tail_ns, int(part.sum())) for kind in ("decode", "prefill")]
-    predicted = terms.fixed + sum(found[term] * values for term, values in columns.items())
-    return Launches(found["graph"], found["eager_per_kernel"]), lines, np.asarray(predicted)
+    found, _ = _fit({term: values[part] for term, values in columns.items()}, measured[part])
+    terms = Terms(per_row=found["per_row"], per_new_token=found["per_new_token"])
+    lines = [Line(Stage.LAUNCH, kind, terms, 0.0, int(part.sum())) for kind in ("decode", "prefill")]
+    predicted = np.sum([found[term] * values for term, values in columns.items()], axis=0)
+    return Launches(found["graph"], found["eager_per_kernel"]), lines, predicted
 
 
 def _columns(charges: pd.DataFrame) -> dict[str, Floats]:
