@@ -175,8 +175,10 @@ def _host_profile(joined: Joined) -> Iterator[tuple[float, Finding]]:
     for row in time_errors(joined.host, ["stage"]):
         if _is_wrong(row, joined, HOST_WRONG_FROM):
             predicted_us, measured_us = 1e3 * row.predicted_ms / row.number, 1e3 * row.measured_ms / row.number
-            each = f"{predicted_us:,.1f} us for {measured_us:,.1f} us each"
-            told = f"{row.name} is priced at {row.factor:.3g} times what it takes: {each}"
+            told = f"{row.name} is not priced: it takes {measured_us:,.1f} us each"
+            if row.predicted_ms:
+                each = f"{predicted_us:,.1f} us for {measured_us:,.1f} us each"
+                told = f"{row.name} is priced at {row.factor:.3g} times what it takes: {each}"
             yield row.stake_ms, Finding("host profile", row.name, told, remedy, row.factor)
 
 
