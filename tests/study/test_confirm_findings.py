@@ -15,13 +15,11 @@ from testbed.costs import device_presets, load_device
 from testbed.metrics.run import Run
 from testbed.metrics.table import percent
 from testbed.study.confirm.errors import FigureError
-from testbed.study.confirm.findings import HEADLINE, find, is_profile_of, verdict
+from testbed.study.confirm.findings import CAVEATS, HEADLINE, PROFILES, find, is_profile_of, verdict
 from testbed.study.confirm.join import Joined, join
 from testbed.study.confirm.run import confirm, profiles_of
 from testbed.study.confirm.text import table
 from tests.study.mutants import MUTANTS, confirmed, scenario
-
-CAVEATS = {"noise", "few requests"}
 
 
 @pytest.mark.parametrize("name", MUTANTS)
@@ -36,7 +34,8 @@ def test_every_mutant_is_named(name: str, tmp_path: Path) -> None:
     assert first.cause == mutant.cause and first.place.startswith(mutant.place), [str(one) for one in findings]
     if mutant.factor is not None:
         assert first.factor is not None and mutant.factor / 2 < first.factor < mutant.factor * 1.01
-    assert found.verdicts["one"].startswith(f"{mutant.cause}: ")
+    assert f"{first.cause}: {first.figure}" in found.verdicts["one"]
+    assert found.verdicts["one"].startswith(("agrees", "differs")) == (first.cause in PROFILES)
     assert first.remedy and str(first) in table(found)
 
 
@@ -148,7 +147,7 @@ def test_verdicts(joined: Joined) -> None:
         changed = with_figures(quiet, **changes)
         return verdict(changed, find(changed))
 
-    assert said(error=0.03, noise=0.04).startswith("agrees within the noise; largest headline error 3.0 %")
+    assert said(error=0.03, noise=0.04).startswith("agrees within the noise, 3.0 % (")
     assert said(error=-0.03, noise=0.01).startswith("agrees within 3.0 % (")
     assert (
         said(error=0.3, noise=0.01)

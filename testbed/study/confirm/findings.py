@@ -18,6 +18,9 @@ from testbed.study.confirm.decisions import ids_by_rank, in_words
 from testbed.study.confirm.errors import PERCENTILES, TimeError, time_errors
 from testbed.study.confirm.join import Joined
 
+PROFILES = ("device profile", "host profile")
+CAVEATS = ("noise", "few requests")
+"""Causes that make a run wrong stand before what it agrees in, profiles behind it; caveats are no cause."""
 HEADLINE = ("output_throughput", "mean_ttft_ms", "mean_tpot_ms", "mean_e2el_ms")
 """What a verdict speaks of."""
 DEVICE_WRONG_FROM = 0.10
@@ -75,13 +78,14 @@ def verdict(joined: Joined, findings: list[Finding]) -> str:
         return "nothing to compare: no request has completed on both sides"
     worst = max(errors, key=lambda one: abs(one.error))
     told = f"{100 * abs(worst.error):.1f} % ({worst.figure}, noise {100 * worst.noise:.1f} %)"
-    if findings and findings[0].cause not in ("noise", "few requests"):
-        return f"{findings[0].cause}: {findings[0].figure}; largest headline error {told}"
+    agreement = f"agrees within {told}" if abs(worst.error) <= AGREES_UP_TO else f"differs by up to {told}"
     if all(abs(one.error) <= one.noise for one in errors):
-        return f"agrees within the noise; largest headline error {told}"
-    if abs(worst.error) <= AGREES_UP_TO:
-        return f"agrees within {told}"
-    return f"differs by up to {told}, and no join names a cause"
+        agreement = f"agrees within the noise, {told}"
+    first = findings[0] if findings and findings[0].cause not in CAVEATS else None
+    if first is None:
+        return agreement if agreement.startswith("agrees") else f"{agreement}, and no join names a cause"
+    cause = f"{first.cause}: {first.figure}"
+    return f"{agreement}; {cause}" if first.cause in PROFILES else f"{cause}; {agreement}"
 
 
 def _executor(joined: Joined) -> Iterator[Finding]:
