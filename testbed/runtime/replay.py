@@ -176,7 +176,7 @@ class ReplayRuntime:
         """See ports.Executor: nothing is computed; the decision is compared."""
         self.shapes.append(batch.shape)
         self._compare()
-        # The oracle looks at the requests' slots, which they may have lost when the result is asked for.
+        # As when the run was made: at its result a request may have lost the slot that the oracle looks at.
         token_ids = None if self.journal.keeps_tokens else self._oracle.result(batch)[0]
         self.charge(Stage.LAUNCH, batch.rows, sum(batch.shape.new_tokens))
         self.charge(Stage.SAMPLE, batch.rows)

@@ -121,6 +121,9 @@ class Watched:
         self.iterations += 1
         self.watch(self, block, bool(early))
         now_ns, messages = await super().recv(block and not early)  # type: ignore[misc]
+        journal = self.scheduler.recorder.journal  # has the others of this iteration at its end
+        place = len(journal.arrivals) - len(messages)
+        journal.arrivals[place:place] = [(len(journal.stamps) - 1, message) for message in early]
         return now_ns, [*early, *messages]
 
     def send(self, output: RequestOutput | ControlOutput) -> None:
