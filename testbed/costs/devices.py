@@ -53,7 +53,8 @@ class DeviceProfile:
     devices_per_node: int
     formula: Formula
     decode_skew: float
-    """Where between its time at the mean and at the longest context decode attention of unequal rows lies, 0 to 1."""
+    """Where between its time at the mean and at the longest context decode attention of unequal rows lies, 0 to 1;
+    a table of that name goes before it."""
     source: str
     tables: dict[str, Any] = field(default_factory=dict, repr=False)
     """Operator tables as ``testbed.costs.tables`` describes them; an operator without one is priced by formula."""

@@ -62,7 +62,6 @@ class OperatorCostModel:
 
     def __init__(self, model: ModelSpec, device: DeviceProfile, engine: EngineConfig, stage: int = 0) -> None:
         self.operators = Operators(model, device, engine, stage)
-        self._skew = device.decode_skew
         largest = engine.cuda_graph_max_bs or largest_captured(device.memory_bytes)
         self._captured = captured_sizes(largest) if engine.cuda_graph and device.launches_per_step is None else []
         self._kernels = device.launches_per_step or self.operators.kernels
@@ -86,7 +85,7 @@ class OperatorCostModel:
         base, xs, ys, slopes, graph = self._decode.get(rows) or self._decode_rows(rows)
         mean = context_tokens / rows
         if context_max > mean:
-            mean += self._skew * (context_max - mean)
+            mean += self.operators.decode_skew(rows, context_max) * (context_max - mean)
         i = bisect_right(xs, mean) - 1
         return StepCost(int(base + ys[i] + (mean - xs[i]) * slopes[i]), self._kernels, graph)
 
@@ -111,7 +110,7 @@ class OperatorCostModel:
             return prefill, 0.0
         _, xs, ys, slopes, _ = self._decode.get(rows) or self._decode_rows(rows)
         mean = context_tokens / rows
-        mean += self._skew * max(0.0, context_max - mean)
+        mean += self.operators.decode_skew(rows, context_max) * max(0.0, context_max - mean)
         i = bisect_right(xs, mean) - 1
         alone = ys[i] + (mean - xs[i]) * slopes[i]
         if not new_tokens or not self.operators.measures_mixed:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from testbed.costs.capacity import kv_dtype, stage_layers
 from testbed.costs.devices import DeviceProfile
-from testbed.costs.tables import Curve, DecodeAttention, GemmTable, MoeTable, PrefillAttention
+from testbed.costs.tables import Curve, DecodeAttention, GemmTable, MoeTable, PrefillAttention, between
 from testbed.scenario.errors import InputError
 from testbed.scenario.models import DTYPE_BYTES, ModelSpec
 from testbed.scenario.schema import EngineConfig
@@ -69,6 +69,9 @@ class Operators:
         self._elementwise = self._measured_elementwise()
         self._sampling = self._measured_sampling()
         self._step = self._measured_step()
+        skew = device.tables.get("decode_skew", {"tokens": [1], "share": [device.decode_skew]})
+        self._skew_tokens: list[int] = skew["tokens"]
+        self._skew_share: list[float] = skew["share"]
         self._note_formulas()
 
     # ---- shapes ------------------------------------------------------------------------------------------------------
@@ -286,7 +289,7 @@ class Operators:
         return {kind: Curve(part["tokens"], [share * t for t in part["ns"]]) for kind, part in kinds.items()}
 
     def _note_formulas(self) -> None:
-        if "decode_skew" not in self.device.fit:
+        if "decode_skew" not in self.device.tables:
             way = f"{self.device.decode_skew:g} of the way to the longest"
             self.unmeasured.append(f"decode rows of unequal context: {way}")
         if self.tp > 1:
@@ -346,6 +349,11 @@ class Operators:
             return self.layers * self.device.formula_ns(flops, kv_bytes, self.dtype)
         least = self.device.roofline_ns(flops, kv_bytes, self.dtype)
         return self.layers * max(self._prefill.at(new_tokens, prefix_tokens), least)
+
+    def decode_skew(self, rows: int, longest: int) -> float:
+        """Where between mean and longest context lies the context at which equal rows take as long as unequal ones."""
+        low, high, weight = between(self._skew_tokens, rows * longest)
+        return self._skew_share[low] * (1 - weight) + self._skew_share[high] * weight
 
     @property
     def measures_mixed(self) -> bool:

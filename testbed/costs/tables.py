@@ -12,8 +12,8 @@ A profile's tables, by operator; DTYPE is a key such as ``bfloat16``. ``gemm``: 
 ns}}]}; ``decode``, by the dtype of the KV, and ``mixed_decode`` likewise, with batch and context; ``moe``: {DTYPE:
 {tokens, shapes, ns}}; ``all_reduce``: {elements, graph, eager: {devices: ns}}. Only a calibration has ``elementwise``:
 {DTYPE: {norms | rope_kv_write | activation | embedding: {token_bytes, tokens, ns}}}; ``sampling``: {vocab, rows, ns};
-and ``step``, what a step takes beyond its operators: {layers, graph | eager | prefill: {tokens, ns}}. A row of ``ns``
-may end before its axis does.
+``decode_skew``, as the field of a profile, over rows times longest context: {tokens, share}; and ``step``, what a step
+takes beyond its operators: {layers, graph | eager | prefill: {tokens, ns}}. A row of ``ns`` may end before its axis.
 """
 
 from __future__ import annotations
@@ -181,19 +181,21 @@ class PrefillAttention:
         self._rows = [Curve(picked.table["length"][: len(row)], [sqrt(t) for t in row]) for row in picked.table["ns"]]
         prefix = picked.table.get("prefix")
         self._prefix: list[int] = prefix["prefix"] if prefix else []
-        self._chunks = _chunks(prefix) if prefix else []
+        self._chunks = [Curve(prefix["chunk"], row) for row in prefix["ns"]] if prefix else []
         behind = picked.table.get("behind")
         self._behind: list[int] = behind["prefix"] if behind else []
-        self._behind_chunks = _chunks(behind) if behind else []
+        self._roots = (
+            [Curve(behind["chunk"][: len(row)], [sqrt(t) for t in row]) for row in behind["ns"]] if behind else []
+        )
 
     @property
     def measures_prefix(self) -> bool:
         """Whether chunks behind a cached prefix are measured."""
-        return bool(self._chunks or self._behind_chunks)
+        return bool(self._chunks or self._roots)
 
     def at(self, new_tokens: Sequence[int], prefix_tokens: Sequence[int]) -> float:
         """Time (ns) of one batch; the roofline is the caller's."""
-        if self._behind_chunks:
+        if self._roots:
             return self._by_equals([self._length(n, p) for n, p in zip(new_tokens, prefix_tokens, strict=True)])
         work = [n * (n + 2 * p) for n, p in zip(new_tokens, prefix_tokens, strict=True)]
         longest = max(work)
@@ -212,8 +214,10 @@ class PrefillAttention:
         """Of the whole prompt that takes as long as this chunk behind this prefix."""
         if not prefix_tokens:
             return new_tokens
-        time = _at_prefix(self._behind, self._behind_chunks, new_tokens, prefix_tokens)
-        return self._rows[0].inverse(sqrt(time))
+        low, high, weight = between(self._behind, prefix_tokens)
+        lower, upper = self._roots[low].at(new_tokens), self._roots[high].at(new_tokens)
+        beyond = max(1.0, prefix_tokens / self._behind[-1])
+        return self._rows[0].inverse(sqrt(beyond * (lower * lower * (1 - weight) + upper * upper * weight)))
 
     def equal(self, batch: float, length: float) -> float:
         """Time (ns) of ``batch`` whole prompts of ``length`` tokens."""
@@ -228,18 +232,11 @@ class PrefillAttention:
 
     def behind_prefix(self, new_tokens: int, prefix_tokens: int) -> float:
         """Time (ns) of one chunk, from the measurements behind a prefix; 0 without them."""
-        return _at_prefix(self._prefix, self._chunks, new_tokens, prefix_tokens) if self._chunks else 0.0
-
-
-def _chunks(data: dict[str, Any]) -> list[Curve]:
-    """A curve over the new tokens for each prefix."""
-    return [Curve(data["chunk"][: len(row)], row) for row in data["ns"]]
-
-
-def _at_prefix(prefixes: list[int], chunks: list[Curve], new_tokens: int, prefix_tokens: int) -> float:
-    low, high, weight = between(prefixes, prefix_tokens)
-    lower, upper = chunks[low].at(new_tokens), chunks[high].at(new_tokens)
-    return max(1.0, prefix_tokens / prefixes[-1]) * (lower * (1 - weight) + upper * weight)
+        if not self._chunks:
+            return 0.0
+        low, high, weight = between(self._prefix, prefix_tokens)
+        lower, upper = self._chunks[low].at(new_tokens), self._chunks[high].at(new_tokens)
+        return max(1.0, prefix_tokens / self._prefix[-1]) * (lower * (1 - weight) + upper * weight)
 
 
 class MoeTable:

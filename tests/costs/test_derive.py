@@ -118,6 +118,8 @@ def test_a_profile_file_without_tables_is_priced_by_formula(tmp_path: Path) -> N
         ({"decode_skew": 2}, "decode_skew"),
         ({"memory_gb": 3}, "memory_gb"),
         ({"tables": "nowhere.json"}, "tables"),
+        ({"launches_per_step": 0}, "launches_per_step"),
+        ({"fit": 3}, "fit"),
     ],
 )
 def test_a_wrong_profile_names_the_field(tmp_path: Path, change: dict[str, object], where: str) -> None:
@@ -125,6 +127,14 @@ def test_a_wrong_profile_names_the_field(tmp_path: Path, change: dict[str, objec
     with pytest.raises(InputError) as caught:
         load_device(path)
     assert caught.value.where == f"{path}: {where}"
+
+
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_tables_that_are_none_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "broken.json").write_text(text)
+    with pytest.raises(InputError) as caught:
+        load_device(copy("l40s", tmp_path, tables="broken.json"))
+    assert caught.value.where == str(tmp_path / "broken.json")
 
 
 def test_a_misspelt_device_suggests_the_near_one() -> None:

@@ -46,10 +46,11 @@ def points_of(fit: Fit, per_octave: float = 1.0) -> list[Point]:
 
 
 def true_time(point: Point, slopes: Mapping[str, float], skew: float = 0.0) -> float:
-    """Of a device whose times are linear along each axis, and where attention over prompts is quadratic."""
+    """Of a device whose times are linear along each axis, and where attention over a prompt is quadratic."""
     if "prefill" in point.operator:
         n, p = point.tokens, point.prefix_tokens
-        return slopes["rows"] * point.rows * (1.0 + n / 1e2 + slopes["prefix_tokens"] * p / 1e4) ** 2
+        new = 1.0 + n / 1e2
+        return slopes["rows"] * point.rows * new * (new + slopes["prefix_tokens"] * p / 1e4)
     if point.context:
         mean, longest = float(np.mean(point.contexts)), max(point.contexts)
         return point.rows * (slopes["rows"] + slopes["context"] * (mean + skew * (longest - mean)))
@@ -58,7 +59,7 @@ def true_time(point: Point, slopes: Mapping[str, float], skew: float = 0.0) -> f
 
 def prediction(fit: Fit, points: list[Point]) -> dict[Point, float]:
     operators = fit.cost_model().operators
-    return {point: predicted_time(operators, point, fit.profile.decode_skew) for point in points}
+    return {point: predicted_time(operators, point) for point in points}
 
 
 # ---- operators -------------------------------------------------------------------------------------------------------
@@ -89,9 +90,10 @@ def test_known_curves_are_recovered_where_nothing_was_measured(
     fit = fit_of(model)
     times = {point: true_time(point, known, skew) for point in points_of(fit)}
     fit.add_operators(times)
-    assert fit.profile.decode_skew == pytest.approx(skew, abs=0.02)
+    shares = fit.profile.tables["decode_skew"]["share"]
+    assert len(shares) > 3 and shares == pytest.approx([skew] * len(shares), abs=0.03)
     for point, predicted in prediction(fit, [p for p in times if p.held_out]).items():
-        loose = 0.15 if "prefill" in point.operator else 0.01  # the square root is linear in n, not in p and the batch
+        loose = 0.10 if "prefill" in point.operator else 0.01  # equal work is a rule, not the truth
         assert predicted == pytest.approx(times[point], rel=loose), point
 
 
@@ -136,7 +138,7 @@ def test_tables_are_whole_when_large_shapes_are_missing(largest: int) -> None:
     times = {point: true_time(point, AXES) for point in points_of(fit) if point.work <= largest or point.tokens == 1}
     fit.add_operators(times)
     for point, predicted in prediction(fit, list(times)).items():
-        if not point.held_out:
+        if not point.held_out and point.operator != "decode_skew":  # read off equal rows, which are missing too
             assert predicted == pytest.approx(times[point], rel=2e-3), point
     assert fit.cost_model().price(BatchShape((2000,), (2000,), 60, 60 * 3000, 4000)).gpu_ns > 0
 

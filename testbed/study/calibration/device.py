@@ -184,9 +184,9 @@ class _Measuring:
         left = seconds - (perf_counter() - begin)
         times = in_rounds(list(works), lambda p: self._bench.time_ns(works[p], repeats[p]), left, self._seed)
         self._fit.add_operators({point: float(np.median(rounds)) for point, rounds in times.items()})
-        operators, skew = self._fit.cost_model().operators, self._fit.profile.decode_skew
+        operators = self._fit.cost_model().operators
         for point, rounds in times.items():
-            predicted = predicted_time(operators, point, skew)
+            predicted = predicted_time(operators, point)
             shape = (point.tokens, point.rows, point.prefix_tokens, point.context, point.longest)
             self._add(point.operator, shape, rounds, predicted, point.held_out, least_time(operators, point))
 

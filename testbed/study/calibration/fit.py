@@ -51,9 +51,9 @@ class Fit:
         used = {p: max(times[p], floors[p]) / self._calls(p) for p in times if not p.held_out}
         self.profile = replace(self.profile, tables=self._tables(used))
         skewed = {p: t for p, t in times.items() if p.operator == "decode_skew" and not p.held_out}
-        if skewed:
-            skew = decode_skew(self.cost_model().operators, skewed)
-            self.profile = replace(self.profile, decode_skew=skew, fit=self.profile.fit | {"decode_skew": skew})
+        skew = decode_skew(self.cost_model().operators, skewed)
+        if skew is not None:
+            self.profile = replace(self.profile, tables=self.profile.tables | {"decode_skew": skew})
 
     def add_steps(self, times: Mapping[StepPoint, float]) -> None:
         """What the steps that are not held out take beyond the operators as they are priced; never less than 0."""
@@ -139,15 +139,21 @@ def _grid(times: Times, row: str, column: str, row_name: str, column_name: str) 
     return {row_name: list(lines), column_name: columns, "ns": list(lines.values())}
 
 
-def decode_skew(operators: Operators, times: Times) -> float:
-    """Where between mean and longest context lies the context at which equal rows take as long as unequal ones: the
-    share in [0, 1], to a hundredth, with the least mean relative error."""
-    measured = list(times.values())
-
-    def error(skew: float) -> float:
-        return relative([predicted_time(operators, point, skew) for point in times], measured)[0]
-
-    return min((i / 100 for i in range(101)), key=error)
+def decode_skew(operators: Operators, times: Times) -> dict[str, Any] | None:
+    """The table ``decode_skew``. Each point says at which equal context its unequal rows take as long; the shares of
+    points with as many tokens (rows times longest) are averaged, weighed by what the share makes of the time. None
+    where it makes nothing."""
+    shares: dict[int, list[tuple[float, float]]] = {}
+    for point, time in times.items():
+        mean, curve = float(np.mean(point.contexts)), operators.decode_curve(point.rows)
+        share = (curve.inverse(time) - mean) / (point.longest - mean)
+        weight = max(0.0, curve.at(point.longest) / curve.at(mean) - 1)
+        shares.setdefault(point.rows * point.longest, []).append((min(1.0, max(0.0, share)), weight))
+    known = {tokens: part for tokens, part in sorted(shares.items()) if any(weight > 0 for _, weight in part)}
+    if not known:
+        return None
+    means = [float(np.average([s for s, _ in part], weights=[w for _, w in part])) for part in known.values()]
+    return {"tokens": list(known), "share": [round(mean, 3) for mean in means]}
 
 
 def least_time(operators: Operators, point: Point) -> float:
@@ -182,11 +188,12 @@ def _attention_work(operators: Operators, point: Point) -> tuple[float, float]:
     return 4.0 * operators.heads * operators.model.head_dim * scores, float(operators.kv_token_bytes * kv_tokens)
 
 
-def predicted_time(operators: Operators, point: Point, skew: float) -> float:
+def predicted_time(operators: Operators, point: Point) -> float:
     """What the cost model makes of a point, in all layers."""
     if point.context:
-        mean = float(np.mean(point.contexts))
-        return operators.decode_curve(point.rows).at(mean + skew * (max(point.contexts) - mean))
+        mean, longest = float(np.mean(point.contexts)), max(point.contexts)
+        mean += operators.decode_skew(point.rows, longest) * (longest - mean)
+        return operators.decode_curve(point.rows).at(mean)
     if "prefill" in point.operator:
         return operators.prefill_ns([point.tokens] * point.rows, [point.prefix_tokens] * point.rows)
     if point.operator in ("lm_head", "sampling"):

@@ -141,8 +141,8 @@ def _decode(limits: Limits, per_octave: float) -> Iterator[Point]:
     for row, context in product(amid(rows), amid(contexts)):
         yield replace(base, rows=row, context=context, held_out=True)
     spread = [context for context in contexts if context >= 4 * LEAST_CONTEXT][::2]
-    for i, (row, longest) in enumerate(product(rows[2::2], spread)):
-        yield Point("decode_skew", rows=row, context=LEAST_CONTEXT, longest=longest, held_out=i % 2 == 1)
+    for i, (row, longest) in enumerate(product(rows[1:], spread)):
+        yield Point("decode_skew", rows=row, context=LEAST_CONTEXT, longest=longest, held_out=i % 3 == 2)
 
 
 def _prefill(limits: Limits, per_octave: float) -> Iterator[Point]:
