@@ -50,7 +50,7 @@ def calibrate(
     check_output(output)
     with ExitStack() as stack:
         chosen = model or stack.enter_context(_default_model(paced))
-        scenario = _scenario(chosen, settings, seed, paced and model is None)
+        scenario = _scenario(chosen, settings, seed, paced)
         _check(scenario, paced)
         folder = stack.enter_context(_whole_or_nothing(output))
         until = time.monotonic() + 60 * minutes
@@ -69,6 +69,8 @@ def calibrate(
         tell("")
         _write(folder, device, host)
     _print(folder, device, host)
+    if model is None and Path(chosen).is_absolute():
+        print(f"The small model is gone; `testbed model init {MODEL} DIR` makes it again (engine.dtype: float32).")
 
 
 @contextmanager
@@ -87,12 +89,13 @@ def _default_model(paced: bool) -> Iterator[str]:
 
 def _scenario(model: str, settings: list[str] | None, seed: int | None, paced: bool) -> Scenario:
     """What is calibrated; its workload is a placeholder."""
+    from testbed.engine.device import has_cuda
     from testbed.scenario.load import load_scenario
     from testbed.study.calibration.workloads import ENGINE
 
     engine: dict[str, Any] = dict(ENGINE)
-    if not paced and Path(model).is_dir():
-        engine["dtype"] = "float32"  # what small models for a CPU are written in
+    if not paced and not has_cuda():
+        engine["dtype"] = "float32"  # what a CPU computes well in
     mapping = {
         "name": "calibration",
         "model": model,

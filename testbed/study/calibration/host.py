@@ -34,7 +34,7 @@ import pandas as pd
 from ruamel.yaml import YAML
 
 import testbed
-from testbed.costs import CostModel
+from testbed.costs import CostModel, load_device
 from testbed.costs.host import Terms
 from testbed.engine.device import processor_name
 from testbed.metrics.columns import ints
@@ -42,6 +42,7 @@ from testbed.metrics.files import plain
 from testbed.metrics.run import Run
 from testbed.ports import Stage
 from testbed.runtime.replay import WORK_COLUMNS
+from testbed.scenario.models import load_model
 from testbed.scenario.schema import Scenario
 from testbed.scenario.workload import WorkloadConfig
 from testbed.study.calibration.lines import Floats, fit_line, tail_mean, terms_that_pay
@@ -75,7 +76,8 @@ class Line(NamedTuple):
     """``decode``, or ``prefill``: a step that admits or prefills."""
     terms: Terms
     """ns; the tail's mean is part of ``fixed``."""
-    tail_ns: float
+    tail: float
+    """That mean, ns."""
     charges: int
     """How many it was fitted to."""
 
@@ -165,8 +167,8 @@ class HostCalibration:
         for line in self.lines:
             how = f"fitted to {line.charges:,} charges"
             forms = {f"{term}_us": _parameter(ns, how) for term, ns in line.terms._asdict().items() if ns}
-            if line.tail_ns:
-                forms["fixed_us"][2] += f"; {line.tail_ns / 1e3:.3g} us of it is the tail"
+            if line.tail:
+                forms["fixed_us"][2] += f"; {line.tail / 1e3:.3g} us of it is the tail"
             stages.setdefault(line.stage.name.lower(), {})[line.kind] = forms
         return stages
 
@@ -215,9 +217,9 @@ def measure_host(
         tables.append(charges_of(run, cost_model).assign(**labels))
     charges = pd.concat(tables, ignore_index=True)
     notes = [f"left out, for the time was up: {', '.join(left_out)}"] if left_out else []
-    label = "paced" if cost_model is None else "real"
-    device = scenario.device if isinstance(scenario.device, str) else "a device of constant times"
-    return fit_host(charges, f"{scenario.model} on {device}, {label}", notes)
+    device = load_device(scenario.device).device if isinstance(scenario.device, str) else "a device of constant times"
+    label = f"{device}, which is modelled (paced)" if cost_model is None else device
+    return fit_host(charges, f"{load_model(scenario.model).name} on {label}", notes)
 
 
 def _scenarios(scenario: Scenario, seconds: float, context_tokens: int) -> Iterator[tuple[dict[str, str], Scenario]]:
