@@ -1,0 +1,137 @@
+"""What a request comes down to, whichever protocol it was written in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from testbed.messages import TextOptions
+from testbed.sampling import SamplingParams
+from testbed.server.protocol.chat import ChatTemplate
+from testbed.server.protocol.errors import ApiError
+from testbed.server.protocol.limits import Limits
+from testbed.server.protocol.tools import ToolUse
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What this server serves, as far as requests are checked against it."""
+
+    names: tuple[str, ...]
+    """By which the model may be called; the first is what replies say."""
+    vocab_size: int
+    context_tokens: int
+    """Prompt and output together."""
+    template: ChatTemplate | None = None
+    """None: the model cannot chat."""
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the output has to match; compiled elsewhere."""
+
+    kind: Literal["json_object", "json_schema", "regex", "ebnf"]
+    text: str = ""
+    """Empty for ``json_object``: any JSON object."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Generation:
+    """``n`` continuations of one prompt."""
+
+    prompt: str | NDArray[np.int32]
+    """Text still to be tokenised, or token ids, int32 [tokens]."""
+    add_special_tokens: bool
+    """Whether the tokenizer adds its own (a beginning of sequence) to text; a chat template has put them in."""
+    sampling: SamplingParams
+    max_new_tokens: int | None
+    """None: as many as fit."""
+    text: TextOptions
+    n: int = 1
+    ignore_eos: bool = False
+    grammar: Grammar | None = None
+    priority: int | None = None
+    extra_key: str = ""
+    """Name space of the prefix cache."""
+    return_logprob: bool = False
+    top_logprobs: int = 0
+    logprob_start: int = -1
+    """Log-probabilities of the prompt's tokens behind this position; -1: none."""
+    echo: bool = False
+    """Whether the reply begins with the prompt's text."""
+
+    def sampling_of(self, choice: int) -> SamplingParams:
+        """How choice ``choice`` of ``n`` is drawn: each with a seed of its own, the first with the one asked for."""
+        if self.sampling.seed is None or choice == 0:
+            return self.sampling
+        return replace(self.sampling, seed=(self.sampling.seed + choice) % 2**63)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """One HTTP request: what to generate and in which form the answer is wanted.
+
+    Choice ``i`` of prompt ``p`` has the index ``p * n + i`` in the answer, as OpenAI numbers them.
+    """
+
+    model: str
+    """The name by which the client called the model; replies repeat it."""
+    generations: tuple[Generation, ...]
+    stream: bool = False
+    include_usage: bool = False
+    """A stream ends with a chunk of usage."""
+    continuous_usage: bool = False
+    """Every chunk of a stream has the usage so far."""
+    cached_details: bool = False
+    """Where cached tokens were found is told, as SGLang does."""
+    tools: ToolUse | None = None
+    rids: tuple[str, ...] = ()
+    """Ids that the client chose, one a prompt; empty: the server's own."""
+    batch: bool = False
+    """Native only: the answer is a list, since the prompts were one."""
+
+
+def check_amount(generations: tuple[Generation, ...], served: Served, name: str) -> None:
+    """Whether all choices together are not too many. ``name``: what the protocol calls the number of tokens.
+
+    Raises ApiError.
+    """
+    limits = served.limits
+    choices = sum(generation.n for generation in generations)
+    if choices > limits.choices:
+        raise ApiError(f"n times the number of prompts must be at most {limits.choices}.", param="n")
+    tokens = sum(
+        generation.n * min(served.context_tokens, generation.max_new_tokens or served.context_tokens)
+        for generation in generations
+    )
+    if choices > 1 and tokens > limits.asked_tokens:
+        message = f"{name} times the number of choices must be at most {limits.asked_tokens}; ask for fewer tokens."
+        raise ApiError(message, param=name)
+
+
+def check_grammar(generation: Generation) -> None:
+    """Refuse what cannot be had together with a grammar. Raises ApiError."""
+    if generation.grammar is None:
+        return
+    if generation.ignore_eos:
+        raise ApiError("ignore_eos cannot be combined with a grammar: the grammar ends the text.", param="ignore_eos")
+    if generation.sampling.min_new_tokens:
+        message = "min_tokens cannot be combined with a grammar: the grammar says when the text ends."
+        raise ApiError(message, param="min_tokens")
+
+
+def check_prompt(prompt_tokens: int, generation: Generation, served: Served) -> None:
+    """Whether a tokenised prompt fits, with the output that was asked for. Raises ApiError as OpenAI words it."""
+    wanted = generation.max_new_tokens or 1
+    if prompt_tokens == 0:
+        raise ApiError("prompt has no tokens; send some text.", param="prompt")
+    if prompt_tokens + wanted > served.context_tokens:
+        message = (
+            f"This model's context is {served.context_tokens} tokens; the prompt has {prompt_tokens} and {wanted} "
+            "were asked for. Shorten the prompt or ask for fewer tokens."
+        )
+        raise ApiError(message, param="prompt", code="context_length_exceeded")
