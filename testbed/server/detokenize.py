@@ -36,7 +36,7 @@ REPLACEMENT = "\ufffd"
 
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = sorted({*range(256)} - {*_PRINTABLE})
-_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
+CHARACTER_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
 """What byte a character stands for in a byte-level vocabulary (``bytes_to_unicode`` of GPT-2's encoder.py)."""
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
@@ -146,8 +146,8 @@ class _TokenBytes(dict[int, bytes]):
         token = self._tokenizer.id_to_token(token_id)
         if token is None or token in self._hidden:
             found = b""
-        elif all(character in _BYTES for character in token):
-            found = bytes(_BYTES[character] for character in token)
+        elif all(character in CHARACTER_BYTES for character in token):
+            found = bytes(CHARACTER_BYTES[character] for character in token)
         else:
             found = token.encode()  # an added token with, say, a space
         self[token_id] = found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 from tokenizers import (
     AddedToken,
@@ -40,7 +41,8 @@ SCRIPTS = {
     "code": "def f(x: int) -> str:\n    return f'<0x41> ▁ ## [{x}]'\n\n\nUser: it's don't, ok ?!",
     "spaces": " a  b   c    d \n e",
 }
-PROSE = [*SCRIPTS.values(), "the quick brown fox jumps over the lazy dog, does it not? " * 8, "there then these those " * 5]
+ENGLISH = ["the quick brown fox jumps over the lazy dog, does it not? " * 8, "there then these those " * 5]
+PROSE = [*SCRIPTS.values(), *ENGLISH]
 ADDED = ("<think>", "two words", "naïve", "🫠", "</s><s>")
 SPECIAL = ("<|start|>", "<|ende ü|>")
 
@@ -62,12 +64,19 @@ def byte_level() -> Tokenizer:
     return with_added(tokenizer)
 
 
+def trained(texts: list[str], size: int) -> dict[str, Any]:
+    """A BPE model over ``▁`` as in tokenizer.json. The other trainers give another vocabulary each time."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, show_progress=False))
+    model: dict[str, Any] = json.loads(tokenizer.to_str())["model"]
+    return model
+
+
 def sentencepiece(strip: bool) -> Tokenizer:
     """As Llama 2's (a first space is stripped) or Gemma's: BPE over ``▁``, with byte tokens for unknown characters."""
-    trained = Tokenizer(models.BPE())
-    trained.normalizer = normalizers.Replace(" ", "▁")
-    trained.train_from_iterator(PROSE[-2:], trainers.BpeTrainer(vocab_size=200, show_progress=False))
-    model = json.loads(trained.to_str())["model"]
+    model = trained(ENGLISH, 200)
     names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *model["vocab"]]
     merges = [tuple(merge) for merge in model["merges"]]
     vocab = {name: index for index, name in enumerate(names)}
@@ -80,20 +89,21 @@ def sentencepiece(strip: bool) -> Tokenizer:
 
 
 def unigram() -> Tokenizer:
-    tokenizer = Tokenizer(models.Unigram())
+    """As T5's: the first word has its space removed by the decoder."""
+    pieces = [("<unk>", 0.0), *((piece, -float(len(piece) < 3)) for piece in trained(PROSE, 700)["vocab"])]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=400, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False)
-    tokenizer.train_from_iterator(PROSE, trainer)
     return with_added(tokenizer)
 
 
 def word_piece(cleanup: bool) -> Tokenizer:
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    """As BERT's; ``cleanup`` removes spaces before punctuation."""
+    pieces = [piece for piece in trained(PROSE, 700)["vocab"] if "▁" not in piece]
+    names = ["[UNK]", "[CLS]", *pieces, *(f"##{piece}" for piece in pieces)]
+    tokenizer = Tokenizer(models.WordPiece({name: index for index, name in enumerate(names)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(cleanup=cleanup)
-    trainer = trainers.WordPieceTrainer(vocab_size=700, special_tokens=["[UNK]", "[CLS]"], show_progress=False)
-    tokenizer.train_from_iterator(PROSE, trainer)
     return with_added(tokenizer)
 
 
