@@ -427,7 +427,7 @@ def _meta(engine: Engine, label: str, info: DeviceInfo | None) -> dict[str, Any]
         "host": engine.host.name if label == "simulated" else scenario.host_inject or "this machine",
         "kv_tokens": engine.kv_tokens,
         "notes": [*engine.workload.notes(), *(info.notes if info else ()), *unmeasured, *guesses],
-        "provenance": _provenance(scenario.seed),
+        "provenance": provenance(scenario.seed),
     }
     if engine.device is not None and info is None:
         # FLOPs and bytes are recorded for one device.
@@ -436,7 +436,7 @@ def _meta(engine: Engine, label: str, info: DeviceInfo | None) -> dict[str, Any]
     return meta
 
 
-def _provenance(seed: int) -> dict[str, Any]:
+def provenance(seed: int) -> dict[str, Any]:
     """Where, when and with what a run was made: all that may differ between equal runs, and the seed."""
     packages = ("numpy", "simpy", "pandas", "pydantic")
     return {

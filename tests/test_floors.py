@@ -46,7 +46,7 @@ IMPORTERS = {
     ),
     "random": (),
     "threading": ("testbed/runtime/wall", "testbed/runtime/paced", "testbed/engine/", "testbed/server/"),
-    "asyncio": ("testbed/server/",),
+    "asyncio": ("testbed/server/", "testbed/study/bench/"),
     "simpy": ("testbed/runtime/virtual.py",),
     "torch": ("testbed/runtime/wall", "testbed/engine/", "kernels/"),
     "triton": ("testbed/engine/", "kernels/"),

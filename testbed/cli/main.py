@@ -20,7 +20,20 @@ from typing import Annotated
 import typer
 
 import testbed
-from testbed.cli import calibrate, compare, confirm, model, presets, replay, report, run, simulate, trace, validate
+from testbed.cli import (
+    bench,
+    calibrate,
+    compare,
+    confirm,
+    model,
+    presets,
+    replay,
+    report,
+    run,
+    simulate,
+    trace,
+    validate,
+)
 from testbed.scenario.errors import InputError
 
 OK, MISSED, WRONG_INPUT, INTERNAL, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 130, 141
@@ -57,6 +70,7 @@ for _command in (
     compare.compare,
     confirm.confirm,
     replay.replay,
+    bench.bench,
     report.report,
     presets.presets,
 ):

@@ -25,6 +25,7 @@ from testbed.metrics.columns import (
     ints,
     replicas,
     request_latencies,
+    seen_inside,
     token_gaps,
     token_owner,
 )
@@ -33,6 +34,7 @@ from testbed.metrics.levels import levels
 from testbed.metrics.records import Records
 from testbed.metrics.window import Window
 from testbed.ports import Stage
+from testbed.request import NEVER
 from testbed.scenario.errors import InputError
 
 LATENCIES = {
@@ -155,8 +157,10 @@ def aggregates(
 ) -> dict[str, float]:
     """Every figure of the window by its key; NaN where a figure is undefined or not known."""
     samples = latency_samples(records, window)
-    found = {**_rates(records, window, slo), **_latencies(samples, percentiles), **_request_times(records, window)}
-    return found | _device(records, meta, window) | _memory(records, meta, window) | _loop(records, window)
+    outside = {**_rates(records, window, slo), **_latencies(samples, percentiles), **_send_delays(records, window)}
+    inside = _request_times(records, window) | _device(records, meta, window) | _memory(records, meta, window)
+    inside |= _loop(records, window)
+    return outside | (inside if seen_inside(records) else dict.fromkeys(inside, NAN))
 
 
 def _rates(records: Records, window: Window, slo: Mapping[str, Any] | None) -> dict[str, float]:
@@ -172,7 +176,8 @@ def _rates(records: Records, window: Window, slo: Mapping[str, Any] | None) -> d
     times, present = presence(begin, finish)
     peak = present[window.holds(times)].max(initial=0)
     inside = np.clip(finish, *window) - np.clip(begin, *window)
-    cached = ints(table, "cached_tokens")[cohort & done].sum()
+    cached = ints(table, "cached_tokens")
+    known = cohort & done & (cached >= 0)
     found: dict[str, float] = {
         "duration": seconds,
         "requests": int(cohort.sum()),
@@ -197,7 +202,7 @@ def _rates(records: Records, window: Window, slo: Mapping[str, Any] | None) -> d
         "max_output_tokens_per_s": int(np.bincount((sent - window.start_ns) // int(NS_PER_S)).max())
         if len(sent)
         else 0,
-        "cache_hit_rate": float(cached / prompt[cohort & done].sum()) if prompt[cohort & done].any() else NAN,
+        "cache_hit_rate": float(cached[known].sum() / prompt[known].sum()) if prompt[known].any() else NAN,
     }
 
 
@@ -211,6 +216,15 @@ def _latencies(samples: Mapping[str, Sample], percentiles: Sequence[float]) -> d
             found[f"p{percentile:g}_{name}_ms"] = float(value)
         found[f"max_{name}_ms"] = statistic(sample.values_ms, "max")
     return found | {"undefined_tpot": samples["tpot"].undefined}
+
+
+def _send_delays(records: Records, window: Window) -> dict[str, float]:
+    """How late a client sent what was due: NaN where the schedule itself arrived."""
+    table = records.requests
+    arrival = ints(table, "arrival_ns")
+    sent = ints(table, "sent_ns") if "sent_ns" in table else np.full(len(arrival), NEVER)
+    delays = (sent - arrival)[window.holds(arrival) & (sent != NEVER)] / NS_PER_MS
+    return {f"{which}_send_delay_ms": statistic(delays, which) for which in ("mean", "p99", "max")}
 
 
 def _request_times(records: Records, window: Window) -> dict[str, float]:

@@ -33,6 +33,11 @@ def rows(table: Mapping[str, Column]) -> int:
     return len(next(iter(table.values()))) if table else 0
 
 
+def seen_inside(records: Records) -> bool:
+    """Whether the run knows its steps. Clients do not: their requests are answered without any."""
+    return rows(records.steps) > 0 or rows(records.requests) == 0
+
+
 def replicas(records: Records) -> Ints:
     """The replicas that appear in a run, ascending; ``[0]`` for a run without steps and requests."""
     seen = np.unique(np.concatenate([ints(records.requests, "replica"), ints(records.steps, "replica")]))

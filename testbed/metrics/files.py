@@ -32,7 +32,7 @@ SEAL = "run.sha256"
 
 TOKEN_COLUMNS = {"request": "index of the request in requests", "time_ns": "when the token was sent"}
 TABLES = {"requests": REQUEST_COLUMNS, "steps": STEP_COLUMNS, "spans": SPAN_COLUMNS, "tokens": TOKEN_COLUMNS}
-_TEXT = frozenset({"id", "session", "tenant", "finish_reason"})
+TEXT_COLUMNS = frozenset({"id", "session", "tenant", "finish_reason", "failure"})
 _FLOAT = frozenset({"new_token_ratio", "flops", "bytes"})
 _ROWS_FREE, _ROWS_A_BYTE = 1_000_000, 100
 """A table packs well where times are regular, but a small file that unfolds into far more rows is no run's."""
@@ -167,11 +167,11 @@ def _read_parquet(path: Path) -> dict[str, Column]:
         raise ValueError(f"it claims {rows:,} rows")
     table = pq.read_table(path)
     for name, column in zip(table.column_names, table.columns, strict=True):
-        kind = pa.string() if name in _TEXT else pa.float64() if name in _FLOAT else pa.int64()
+        kind = pa.string() if name in TEXT_COLUMNS else pa.float64() if name in _FLOAT else pa.int64()
         if rows and (column.type != kind or column.null_count):
             raise ValueError(f"the column {name} is no column of {kind}")
     return {
-        name: table[name].to_pylist() if name in _TEXT else np.array(table[name].to_numpy())
+        name: table[name].to_pylist() if name in TEXT_COLUMNS else np.array(table[name].to_numpy())
         for name in table.column_names
     }
 
@@ -186,7 +186,7 @@ def _read_csv(path: Path) -> dict[str, Column]:
     columns: dict[str, Column] = {}
     for position, name in enumerate(names):
         values = [row[position] for row in rows]
-        if name in _TEXT:
+        if name in TEXT_COLUMNS:
             columns[name] = values
         else:
             columns[name] = np.array(values, np.float64) if name in _FLOAT else np.array(values, np.int64)

@@ -41,6 +41,13 @@ REQUEST_COLUMNS = {
 }
 """queue + prefill + decode + retracted + transfer = finish - arrival, exactly."""
 
+CLIENT_COLUMNS = {
+    "sent_ns": "when the client really sent it (arrival_ns is when it should)",
+    "status": "HTTP status of the answer, 0 for none",
+    "failure": "how it failed, or '' (str)",
+}
+"""What else the requests of a run have that was seen from outside (label ``bench``)."""
+
 STEP_COLUMNS = {
     "step": "index of the launch",
     "mode": "ForwardMode: 1 extend, 2 decode, 3 mixed",

@@ -29,18 +29,21 @@ from testbed.scenario.errors import InputError
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["RESAMPLES", "Run"]
+__all__ = ["HEADING", "RESAMPLES", "Run"]
+
+HEADING = ("model", "server", "device", "host")
+"""Keys of ``meta`` that name what ran, in the order of headings."""
 
 
 @dataclass(eq=False)
 class Run:
     """One run of a scenario.
 
-    ``meta`` says what the records cannot. Keys that are read here, all optional: ``label`` (simulated, paced, real),
-    ``model``, ``device``, ``host`` (names of the profiles), ``kv_tokens`` (KV capacity of one replica), ``peak_flops``
-    and ``peak_bytes_per_s`` (of one replica), ``notes`` (list of str: what is guessed or unmeasured), ``interrupted``
-    (somebody ended the run before its workload had), and ``provenance``, a dict of its own for what differs between
-    equal runs (command, versions, date, machine).
+    ``meta`` says what the records cannot. Keys that are read here, all optional: ``label`` (simulated, paced, real,
+    bench), ``model``, ``server`` (its address), ``device``, ``host`` (names of the profiles), ``kv_tokens`` (KV
+    capacity of one replica), ``peak_flops`` and ``peak_bytes_per_s`` (of one replica), ``notes`` (list of str: what is
+    guessed or unmeasured), ``interrupted`` (somebody ended the run before its workload had), and ``provenance``, a dict
+    of its own for what differs between equal runs (command, versions, date, machine).
     """
 
     scenario: dict[str, Any]
@@ -185,7 +188,7 @@ class Run:
     def table(self) -> str:
         """The result as one screen of text."""
         heading = {"Scenario": self.name, "Run": str(self.meta.get("label", ""))}
-        heading |= {key.capitalize(): str(self.meta[key]) for key in ("model", "device", "host") if key in self.meta}
+        heading |= {key.capitalize(): str(self.meta[key]) for key in HEADING if key in self.meta}
         heading = {label: words for label, words in heading.items() if words}
         notes = [str(note) for note in self.meta.get("notes", [])]
         return result_table(

@@ -41,10 +41,13 @@ def result_table(
             lines.append(_row(f"{which.capitalize()} {name.upper()} (ms)", figures[f"{which}_{name}_ms"]))
         if name == "tpot" and figures["undefined_tpot"]:
             lines.append(_row("Undefined (single-token outputs)", figures["undefined_tpot"]))
-    for title, rows in _SECTIONS.items():
-        section = [line for label, key in rows for line in _known(label, figures.get(key))]
-        if title == "Event loop":
-            section += [_row(name, count) for name, count in told_counters(counters or {}, figures).items()]
+    sections = {
+        title: [line for label, key in rows for line in _known(label, figures.get(key))]
+        for title, rows in _SECTIONS.items()
+    }
+    last = "Event loop" if sections["Event loop"] else "Client"
+    sections[last] += [_row(name, count) for name, count in told_counters(counters or {}, figures).items()]
+    for title, section in sections.items():
         lines += [_section(title), *section] if section else []
     guessed, others = parted_notes(notes)
     told = [f"Guessed or unmeasured inputs: {len(guessed)} (listed in the report)"] if guessed else []
@@ -158,5 +161,10 @@ _SECTIONS: dict[str, tuple[tuple[str, str], ...]] = {
         ("Retractions", "retractions"),
         ("Host busy (%)", "host_busy_percent"),
         *((f"Host {stage.name.lower()} (us/step)", f"host_{stage.name.lower()}_us_per_step") for stage in Stage),
+    ),
+    "Client": (
+        ("Mean send delay (ms)", "mean_send_delay_ms"),
+        ("P99 send delay (ms)", "p99_send_delay_ms"),
+        ("Max send delay (ms)", "max_send_delay_ms"),
     ),
 }

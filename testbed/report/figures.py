@@ -14,11 +14,11 @@ from testbed.batch import ForwardMode
 from testbed.metrics.aggregate import LATENCIES, slo_limits
 from testbed.metrics.columns import NS_PER_MS, NS_PER_S, Floats, Ints, completed, ints, replicas
 from testbed.metrics.comparison import Figure as Compared
-from testbed.metrics.laws import HOST_LANE, Cause
+from testbed.metrics.laws import HOST_LANE, Cause, presence, stays
 from testbed.metrics.run import Run
 from testbed.ports import Stage
 from testbed.report import style
-from testbed.report.series import Bins, cause_shares, cumulative, level_mean, spread, time_bins
+from testbed.report.series import Bins, cause_shares, cumulative, held_mean, level_mean, spread, time_bins
 
 CAUSES = {
     Cause.BUSY: ("busy", style.BLUE),
@@ -126,6 +126,18 @@ def queue_timeline(run: Run) -> Figure:
     _draw_queue(axes, run)
     axes.set(title="Requests running and waiting")
     style.legend_above(axes)
+    return _time_axis(figure, axes, run)
+
+
+def system_timeline(run: Run) -> Figure:
+    """Requests between arrival and end, which clients see too."""
+    figure, (axes,) = style.new_figure(2.7)
+    bins = time_bins(run.records)
+    since, present = presence(*stays(run.records)["system"])
+    values = held_mean(bins, since, present.astype(np.float64))
+    axes.fill_between(bins.centres_s, values, color=style.BLUE, alpha=0.13, linewidth=0)
+    axes.plot(bins.centres_s, values, color=style.BLUE)
+    axes.set(title="Requests sent and not ended", ylim=(0, None))
     return _time_axis(figure, axes, run)
 
 

@@ -17,10 +17,11 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from testbed.metrics.aggregate import LATENCIES
+from testbed.metrics.columns import seen_inside
 from testbed.metrics.comparison import Figure as Compared
 from testbed.metrics.comparison import differences, headline, run_names, shared_percentiles
 from testbed.metrics.files import plain
-from testbed.metrics.run import Run
+from testbed.metrics.run import HEADING, Run
 from testbed.metrics.table import number, parted_notes, percent, percent_more, signed, told_counters
 from testbed.report import figures, style
 from testbed.report.series import POINTS, time_bins
@@ -131,8 +132,16 @@ def _single_sections(run: Run, folder: Path) -> list[tuple[str, str, list[Plate]
         draw_plate(
             folder, "latency_cdf", "Latency distributions", _CDF, lambda: figures.latency_cdf([run], [run.name])
         ),
-        plate("requests", "Where requests spend their time", _REQUESTS, figures.request_timeline),
+        plate(
+            "requests",
+            "Where requests spend their time",
+            _REQUESTS if seen_inside(run.records) else _FROM_OUTSIDE,
+            figures.request_timeline,
+        ),
     ]
+    if not seen_inside(run.records):
+        load = [plate("system", "Requests under way", binned, figures.system_timeline)]
+        return [("latency", "Latency", latency), ("load", "Load", load)]
     load = [
         plate("queue", "Running and waiting requests", binned, figures.queue_timeline),
         plate("batch", "Batch composition", f"{_BATCH} {binned}", figures.batch_timeline),
@@ -153,6 +162,7 @@ _CDF = (
 _REQUESTS = (
     "The parts sum to the end-to-end latency. Retracted time is drawn last: records tell how long it was, not when."
 )
+_FROM_OUTSIDE = "As the client saw it: what is called prefill is all the time to the first token, waiting included."
 _BATCH = "Tokens by the forward mode of the step that computed them."
 _KV = "Owned: held by requests. Cached: kept for reuse, may be evicted."
 _LOAD = f"Averages over time bins. {_KV}"
@@ -178,14 +188,19 @@ def _several(runs: Sequence[Run], baseline: int, folder: Path) -> dict[str, Any]
         draw_plate(folder, "compare_cdf", "Latency distributions", _CDF,
                lambda: figures.latency_cdf(runs, names)),
     ]  # fmt: skip
+    numbered = enumerate(zip(runs, names, strict=True), start=1)
+    inside = [(index, run, name) for index, (run, name) in numbered if seen_inside(run.records)]
     timelines = [
         draw_plate(folder, f"device_{index}", name, _DEVICE, partial(figures.device_timeline, run), titled=True)
-        for index, (run, name) in enumerate(zip(runs, names, strict=True), start=1)
+        for index, run, name in inside
     ]
     loads = [
         draw_plate(folder, f"load_{index}", name, _LOAD, partial(figures.load_timeline, run), titled=True)
-        for index, (run, name) in enumerate(zip(runs, names, strict=True), start=1)
+        for index, run, name in inside
     ]
+    sections = [("figures", "Side by side", plates)]
+    if inside:
+        sections += [("load", "Load of each run", loads), ("device", "Device time of each run", timelines)]
     return {
         "title": " vs. ".join(names) if len(names) <= 3 else f"{len(names)} runs compared",
         "runs": [_run_facts(run, name) for run, name in zip(runs, names, strict=True)],
@@ -196,11 +211,7 @@ def _several(runs: Sequence[Run], baseline: int, folder: Path) -> dict[str, Any]
             for run, name in zip(runs, names, strict=True)
         ],
         "percentiles": [f"p{percentile:g}" for percentile in percentiles],
-        "sections": [
-            ("figures", "Side by side", plates),
-            ("load", "Load of each run", loads),
-            ("device", "Device time of each run", timelines),
-        ],
+        "sections": sections,
         "pages": [
             (name, address) for run, name in zip(runs, names, strict=True) if (address := _own_page(run, folder))
         ],
@@ -277,19 +288,17 @@ def _run_facts(run: Run, name: str) -> dict[str, Any]:
         "seed": run.seed,
         "measure window": f"{window.start_ns / 1e9:g} s to {window.end_ns / 1e9:g} s",
         "requests": len(run.records.requests["id"]),
-        "decision digest": run.decision_digest,
+        **({"decision digest": run.decision_digest} if run.records.decisions else {}),
     }
     engine = run.scenario.get("engine") or {}
     chosen = {"loop": run.meta.get("loop") or engine.get("loop")}
     chosen |= {key: engine.get(key) for key in ("batching", "policy")}
-    how = [f"{key} {value}" for key, value in chosen.items() if value]
+    how = [f"{key} {value}" for key, value in chosen.items() if value and "server" not in run.meta]
     provenance = {key: plain(value) for key, value in run.meta.get("provenance", {}).items()}
     return {
         "name": name,
         "label": str(run.meta.get("label", "")),
-        "subtitle": " · ".join(
-            [*(str(run.meta[key]) for key in ("model", "device", "host") if run.meta.get(key)), *how]
-        ),
+        "subtitle": " · ".join([*(str(run.meta[key]) for key in HEADING if run.meta.get(key)), *how]),
         "facts": facts,
         "provenance": provenance,
         "counters": told_counters(run.records.counters, {}),

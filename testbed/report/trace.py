@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from testbed.batch import ForwardMode
-from testbed.metrics.columns import NS_PER_S, ints, replicas
+from testbed.metrics.columns import NS_PER_S, ints, replicas, seen_inside
 from testbed.metrics.laws import DEVICE_LANE, HOST_LANE, LINK_LANE
 from testbed.metrics.levels import levels
 from testbed.metrics.run import Run
@@ -142,7 +142,8 @@ def _requests(run: Run, begin: int, end: int) -> Iterator[Slice]:
     rows = np.flatnonzero((arrival < end) & (last > begin))
     for row in rows[spread(len(rows), REQUEST_LANES)].tolist():
         lane = f"request {table['id'][row]}"
-        cuts = [("queue", arrival[row]), ("prefill", scheduled[row]), ("decode", first[row])]
+        waiting = "to first token" if scheduled[row] < 0 <= first[row] else "queue"  # from outside they are one
+        cuts = [(waiting, arrival[row]), ("prefill", scheduled[row]), ("decode", first[row])]
         happened = [(name, int(at)) for name, at in cuts if at >= 0]
         args = {
             name: int(ints(table, name)[row])
@@ -154,6 +155,8 @@ def _requests(run: Run, begin: int, end: int) -> Iterator[Slice]:
 
 
 def _counters(run: Run, begin: int, end: int) -> Iterator[Count]:
+    if not seen_inside(run.records):
+        return
     known = {"running": "running requests", "waiting": "waiting requests", "rows": "batch size"}
     known |= {"free_tokens": "KV free (tokens)", "evictable_tokens": "KV cached (tokens)"}
     if run.meta.get("kv_tokens"):
