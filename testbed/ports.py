@@ -20,6 +20,8 @@ class Stage(IntEnum):
     WAIT = 5
     PROCESS = 6
     SEND = 7
+    FINISH = 8
+    """The ends of requests are sent; only in steps that have some."""
 
 
 class Inbox(Protocol):
@@ -48,8 +50,8 @@ class Cpu(Protocol):
     ) -> None:
         """A stage of the loop ends here. In virtual time its modelled cost is added; on the wall clock a span closes.
 
-        rows: requests in the batch; new_tokens: prefill tokens in it; admitted: requests received (RECEIVE) or newly
-        scheduled (SCHEDULE); waiting: length of the waiting queue when it was looked at, else 0; matched_tokens:
+        rows: requests in the batch (FINISH: that ended); new_tokens: prefill tokens in it; admitted: requests received
+        (RECEIVE), newly scheduled (SCHEDULE) or ended (PROCESS); waiting: length of the waiting queue when it was looked at, else 0; matched_tokens:
         tokens matched in the prefix tree.
         """
         ...

@@ -8,7 +8,8 @@ integer nanoseconds here. A stage costs::
           + per_matched_token * matched_tokens + per_waiting_x_admitted * waiting * admitted
 
 with rows above ``knee_rows`` counted twice (caches overflow). A stage whose cost in a step that admits or prefills
-follows another line has the keys ``decode`` and ``prefill``. ``tensor_parallel`` holds what is added when tp > 1.
+(``process``: that ends requests, which ``admitted`` counts there) follows another line has the keys ``decode`` and
+``prefill``. ``tensor_parallel`` holds what is added when tp > 1.
 ``fit`` says of a profile that `testbed calibrate` wrote where it was measured and how far off it is; it has no effect.
 """
 

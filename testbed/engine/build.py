@@ -103,7 +103,7 @@ def _notes(weights: str, attention: str, options: EngineOptions, device: torch.d
     """What was chosen where the scenario says nothing."""
     notes = [f"weights: {weights}", f"attention backend: {attention}"]
     if device.type == "cpu":
-        threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+        threads, cores = torch.get_num_threads(), os.cpu_count()
         notes.append(f"computed in {options.dtype} on {threads} of {cores} cores of this machine")
         if options.kv_tokens is None:
             notes.append(f"KV: at most {CPU_KV_BYTES / 1e9:.2f} GB on a CPU; engine.kv_tokens says otherwise")

@@ -29,7 +29,8 @@ class ProcessDevice:
     """A worker process that computes on the CPU. Raises InputError if it cannot start."""
 
     def __init__(self, options: EngineOptions) -> None:
-        """Computes with all cores but one: that one is the loop's."""
+        """Computes with all cores but one: that one is the calling thread's, which stays there until the device is
+        closed. A worker woken on the loop's core would stop it for milliseconds (seen in 5 to 10 % of launches)."""
         ours, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-m", "testbed.engine.worker", str(theirs.fileno())]
@@ -37,15 +38,23 @@ class ProcessDevice:
             self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], process_group=0)
         self._connection = Connection(ours.detach())
         self._launches = 0
-        cores = len(os.sched_getaffinity(0))
+        self._cores = os.sched_getaffinity(0)
         try:
-            self._send(wire.Start(options, max(1, cores - 1)))
+            self._share_cores()
+            self._send(wire.Start(options, max(1, len(self._cores) - 1)))
             answer = self._receive()
         except BaseException:
             self.close()
             raise
         assert isinstance(answer, wire.Ready)
         self.info = answer.info
+
+    def _share_cores(self) -> None:
+        """The first core for this thread, the others for the worker."""
+        mine = min(self._cores)
+        if len(self._cores) > 1:
+            os.sched_setaffinity(self._process.pid, self._cores - {mine})
+            os.sched_setaffinity(0, {mine})
 
     def launch(self, inputs: StepInputs) -> _Launched:
         """See device.Device."""
@@ -94,6 +103,8 @@ class ProcessDevice:
 
     def close(self) -> None:
         """End the worker, whatever it does: it holds nothing that could be lost. A second call has no effect."""
+        if not self._connection.closed:
+            os.sched_setaffinity(0, self._cores)
         self._connection.close()
         self._process.kill()
         self._process.wait()

@@ -64,11 +64,13 @@ class LoopContext:
         """Wait for the result, apply it, send the tokens and the ends."""
         result = await pending.result()
         ended = self.scheduler.process_batch_result(batch, result)
-        self.cpu.charge(Stage.PROCESS, len(result.token_ids))
+        self.cpu.charge(Stage.PROCESS, len(result.token_ids), 0, len(ended))
         sent_ns = self.outbox.send_tokens(batch, result)
         self.scheduler.outputs_sent(batch, result, ended, sent_ns)
-        for request in ended:
-            self.outbox.send(self.scheduler.output_of(request))
+        if ended:
+            for request in ended:
+                self.outbox.send(self.scheduler.output_of(request))
+            self.cpu.charge(Stage.FINISH, len(ended))
 
     def self_check_during_idle(self) -> None:
         """An iteration that found nothing to do."""

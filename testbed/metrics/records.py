@@ -77,7 +77,7 @@ STEP_COLUMNS = {
 
 SPAN_COLUMNS = {
     "lane": "0 host thread, 1 device",
-    "name": "host: Stage (0 receive .. 7 send); device: ForwardMode (1 extend, 2 decode, 3 mixed)",
+    "name": "host: Stage (0 receive .. 8 finish); device: ForwardMode (1 extend, 2 decode, 3 mixed)",
     "step": "index of the launch the span belongs to",
     "begin_ns": "",
     "end_ns": "",

@@ -184,7 +184,7 @@ class Leaper:
         now, begin, launched, sampled, resumed = times[:, :5].T
         receive, schedule, prepare, wait, process, send = self._stages
         spans = np.empty((len(times), 8, 4), dtype=np.int64)
-        spans[:, :, 0] = np.arange(8)
+        spans[:, :, 0] = np.arange(Stage.FINISH)  # nothing ends
         launches = np.arange(self._runtime.launches, self._runtime.launches + len(times))
         spans[:, : Stage.WAIT, 1] = launches[:, None]
         spans[:, Stage.WAIT :, 1] = launches[:, None] - (self._runtime.launches - self._runtime.processed)

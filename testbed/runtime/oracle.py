@@ -36,7 +36,11 @@ class Oracle:
         if request.max_new_tokens is None or timed.output_tokens < request.max_new_tokens or not request.ignore_eos:
             self._stop_at[request.rid] = timed.output_tokens - 1
         else:
-            self._stop_at.pop(request.rid, None)  # of an earlier request with this id
+            self.forget(request.rid)  # an earlier request with this id
+
+    def forget(self, rid: str) -> None:
+        """A request has ended: where it would stop need not be kept."""
+        self._stop_at.pop(rid, None)
 
     def result(self, batch: Batch) -> tuple[NDArray[np.int32], tuple[int, ...]]:
         """Token ids, int32 [rows], and the rows that stop."""

@@ -164,7 +164,7 @@ class ReplayRuntime:
         matched_tokens: int = 0,
     ) -> None:
         """See ports.Cpu: noted."""
-        step = self.launches if stage <= Stage.SAMPLE else self._processed
+        step = self.launches if stage <= Stage.SAMPLE else self._processed - (stage == Stage.FINISH)
         self.work.extend((stage, step, rows, new_tokens, admitted, waiting, matched_tokens))
 
     async def sleep(self, duration_ns: int) -> None:

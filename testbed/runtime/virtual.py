@@ -158,7 +158,8 @@ class VirtualRuntime:
         if cost_ns:
             begin = self.local_ns
             self.local_ns = end = begin + cost_ns
-            self._span((stage, self.launches if stage < Stage.WAIT else self.processed, begin, end))
+            step = self.launches if stage < Stage.WAIT else self.processed - (stage == Stage.FINISH)
+            self._span((stage, step, begin, end))
 
     def stage_price(self, stage: Stage, rows: int) -> int:
         """The cost (ns) of a stage that depends on the batch size alone, remembered."""

@@ -256,7 +256,7 @@ class WallRuntime:
         now = self.now_ns()
         while now < until:
             now = self.now_ns()
-        step = self._launches if stage <= Stage.SAMPLE else self._processed
+        step = self._launches if stage <= Stage.SAMPLE else self._processed - (stage == Stage.FINISH)
         self._recorder.span((stage, step, self._mark_ns, now))
         self._mark_ns = now
 

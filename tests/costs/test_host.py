@@ -63,7 +63,7 @@ def test_nothing_costs_nothing() -> None:
 
 def test_constant_is_charged_once() -> None:
     host = constant_host(7)
-    assert [host.price(stage, rows=3, admitted=1) for stage in Stage] == [0, 7, 0, 0, 0, 0, 0, 0]
+    assert [host.price(stage, rows=3, admitted=1) for stage in Stage] == [0, 7, 0, 0, 0, 0, 0, 0, 0]
     assert host.launch_ns(9, graph=False) == 0
 
 

@@ -27,6 +27,7 @@ from testbed.runtime.wall import Work
 from testbed.scenario.schema import Scenario
 from testbed.scheduler.policies import POLICIES
 from testbed.scheduler.scheduler import Scheduler
+from testbed.study.confirm.findings import PROFILES, Finding
 from testbed.study.confirm.run import Confirmation, confirm
 from testbed.tokens import oracle_key, token_ids
 
@@ -95,11 +96,20 @@ class Mutant(NamedTuple):
     execute: Callable[[Scenario], Execute]
     """How the true scenario is run."""
     cause: str
-    """Of the finding that must come first; '' where no cause may be found."""
+    """Of the finding that names it; '' where no cause may be found."""
     place: str
     """What its place begins with."""
     factor: float | None = None
     """Predicted over true time, where a profile is wrong."""
+
+
+def called(mutant: Mutant, findings: list[Finding]) -> Finding | None:
+    """The finding that names the mutant; None: it is not named. What is wrong with a run comes first of all findings; a
+    wrong profile may stand behind a stage that a busy machine has stretched."""
+    for finding in findings if mutant.cause in PROFILES else findings[:1]:
+        if finding.cause == mutant.cause and finding.place.startswith(mutant.place):
+            return finding
+    return None
 
 
 def same(folder: Path, true: Scenario) -> Scenario:

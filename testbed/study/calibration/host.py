@@ -54,9 +54,9 @@ FIT, HELD_OUT, AGAIN = "fit", "held out", "again"
 PARTS = (FIT, HELD_OUT, AGAIN)
 KINDS = [
     *((stage, "decode") for stage in Stage),
-    *((stage, "prefill") for stage in (Stage.RECEIVE, Stage.SCHEDULE, Stage.PREPARE, Stage.LAUNCH)),
+    *((stage, "prefill") for stage in (Stage.RECEIVE, Stage.SCHEDULE, Stage.PREPARE, Stage.LAUNCH, Stage.PROCESS)),
 ]
-"""What is fitted apart; the other stages are not told what kind of step they belong to."""
+"""What is fitted apart (PROCESS: steps that end requests); the other stages are not told the kind of their step."""
 REFERENCE_US = 57.0
 """1,000 dictionary increments on the core that host profiles are stated for (host_times.md, section 2)."""
 OVERHEAD_S = 0.4
