@@ -85,7 +85,7 @@ def test_the_operators_are_all_that_a_decode_step_does(
 ) -> None:
     runner, recording, operators = measured
     steps = Steps(runner)
-    bench = OperatorBench(runner, CPU)
+    bench = OperatorBench(runner, CPU, 64)
     alone = sum((calls_of(recording, bench.work(name, rows)) for name in (*operators, "lm_head")), Counter())
     alone += calls_of(recording, bench.decode_attention([20] * rows))
     recording.calls.clear()
@@ -97,7 +97,7 @@ def test_the_operators_are_all_that_a_decode_step_does(
 def test_the_operators_are_all_that_a_prefill_does(measured: tuple[ModelRunner, Recording, tuple[str, ...]]) -> None:
     runner, recording, operators = measured
     new, prefix = (7, 3), (0, 9)
-    bench, steps = OperatorBench(runner, CPU), Steps(runner)
+    bench, steps = OperatorBench(runner, CPU, 64), Steps(runner)
     alone = sum((calls_of(recording, bench.work(name, sum(new))) for name in operators), Counter())
     alone += calls_of(recording, bench.work("lm_head", len(new)))
     alone += calls_of(recording, bench.prefill_attention(new, prefix))
@@ -107,7 +107,7 @@ def test_the_operators_are_all_that_a_prefill_does(measured: tuple[ModelRunner, 
 
 
 def test_sampling_draws_for_every_row(measured: tuple[ModelRunner, Recording, tuple[str, ...]]) -> None:
-    bench = OperatorBench(measured[0], CPU)
+    bench = OperatorBench(measured[0], CPU, 64)
     for params in (SamplingParams(), SamplingParams(temperature=0.7, top_p=0.9)):
         work = bench.sampling(5, params)
         sampled: Any = work()

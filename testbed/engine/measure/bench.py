@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from testbed.engine.build import LocalDevice, build_runner
-from testbed.engine.device import open_device
+from testbed.engine.device import Device, open_device
 from testbed.engine.measure import ceilings
-from testbed.engine.measure.clock import Clock, Work, clock_of
+from testbed.engine.measure.clock import Work, clock_of
 from testbed.engine.measure.operators import OperatorBench, needs_of
 from testbed.engine.measure.steps import StepBench, StepShape
 from testbed.engine.options import EngineOptions
-from testbed.engine.runner import ModelRunner
 from testbed.sampling import SamplingParams
 
 HOLD_CYCLES = 50_000_000
@@ -38,15 +37,15 @@ class DeviceBench:
     """Times a model's operators and steps. On a CPU, operators are timed in this process, with as many threads as the
     worker process has, and steps in that process: what a step costs there is more than computing."""
 
-    def __init__(
-        self, runner: ModelRunner, device: torch.device, steps: StepBench, clock: Clock, params: SamplingParams
-    ) -> None:
-        self.info = runner.info
-        self.is_cuda = device.type == "cuda"
-        self._runner = runner
-        self._operators = OperatorBench(runner, device)
-        self._steps = steps
-        self._clock = clock
+    def __init__(self, local: LocalDevice, stepping: Device, options: EngineOptions, params: SamplingParams) -> None:
+        """``local``: the model in this process; ``stepping``: where its steps run."""
+        self.info = local.info
+        self.is_cuda = self.info.kind == "cuda"
+        device = _device()
+        self._runner = local.runner
+        self._operators = OperatorBench(self._runner, device, min(options.chunk_tokens, self.info.kv_tokens))
+        self._steps = StepBench(stepping, options, params, needs_of(params), self._hold)
+        self._clock = clock_of(device, graphs=self.info.backend == "triton")
         self._params = params
 
     @property
@@ -87,34 +86,38 @@ class DeviceBench:
         finally:
             self._runner.graphs = graphs
 
+    def _hold(self) -> None:
+        if self.is_cuda:
+            with self._runner.queue.computing():
+                torch.cuda._sleep(HOLD_CYCLES)
+
+    def release(self) -> None:
+        """Let go of the model and of all graphs, so that the memory is free when the device is closed."""
+        vars(self).clear()
+
 
 def measure_ceilings() -> Ceilings:
     """The ceilings of this machine's device, in every dtype that a scenario may name."""
     device = _device()
     with _threads(device):
         flops = {dtype: ceilings.matrix_rate(device, dtype) for dtype in ceilings.DTYPES}
-        return Ceilings(ceilings.copy_rate(device), flops, ceilings.memory_bytes(device))
+        found = Ceilings(ceilings.copy_rate(device), flops, ceilings.memory_bytes(device))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the engine sizes its KV by what is free
+    return found
 
 
 @contextmanager
 def open_bench(options: EngineOptions, params: SamplingParams) -> Iterator[DeviceBench]:
     """The model on this machine's device, rows drawing as ``params`` say. Raises InputError like ``open_device``."""
     device = _device()
-    with _threads(device), LocalDevice(build_runner(options, device)) as local:
-        runner = local.runner
-        if device.type == "cuda":
-            clock = clock_of(device, graphs=runner.info.backend == "triton")
-            steps = StepBench(local, options, params, needs_of(params), lambda: _hold(runner))
-            yield DeviceBench(runner, device, steps, clock, params)
-            return
-        with open_device(options, in_process=False) as worker:
-            steps = StepBench(worker, options, params, needs_of(params), lambda: None)
-            yield DeviceBench(runner, device, steps, clock_of(device), params)
-
-
-def _hold(runner: ModelRunner) -> None:
-    with runner.queue.computing():
-        torch.cuda._sleep(HOLD_CYCLES)
+    with ExitStack() as stack:
+        stack.enter_context(_threads(device))
+        local = stack.enter_context(LocalDevice(build_runner(options, device)))
+        stepping = local if device.type == "cuda" else stack.enter_context(open_device(options, in_process=False))
+        bench = DeviceBench(local, stepping, options, params)
+        stack.callback(bench.release)
+        yield bench
 
 
 def _device() -> torch.device:

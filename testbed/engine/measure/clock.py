@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from time import perf_counter_ns
 from typing import Protocol
 
@@ -54,11 +55,13 @@ class CudaClock:
     def __init__(self, device: torch.device, *, graphs: bool) -> None:
         """``graphs``: the backend's operations do not wait for the device."""
         self._graphs = graphs
+        self._device = device
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def bind(self, work: Work) -> Work:
         """See Clock. All graphs share their memory: only one works at a time, and nobody reads its results."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))  # which copies what the work reads
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             work()  # compiles kernels, which a capture must not
             self._stream.synchronize()
@@ -67,7 +70,7 @@ class CudaClock:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 work()
-        return graph.replay
+        return partial(_replay, graph, work)
 
     def time_ns(self, work: Work, repeats: int) -> int:
         """See Clock. The first call keeps the device busy until the others are queued behind it."""
@@ -80,6 +83,11 @@ class CudaClock:
             end.record()
         end.synchronize()
         return round(begin.elapsed_time(end) * 1e6 / repeats)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, work: Work) -> None:
+    """``work`` is kept with its graph, which reads and writes the same tensors."""
+    graph.replay()
 
 
 def clock_of(device: torch.device, *, graphs: bool = True) -> Clock:

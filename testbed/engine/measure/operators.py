@@ -24,13 +24,15 @@ BLOCK_TOKENS = 1024
 class OperatorBench:
     """Work to be timed, on the parts of a runner and random activations. Sizes are bounded by what the runner holds."""
 
-    def __init__(self, runner: ModelRunner, device: torch.device) -> None:
+    def __init__(self, runner: ModelRunner, device: torch.device, most_tokens: int) -> None:
+        """``most_tokens``: of any work, but for the rows of attention and sampling."""
         self._runner = runner
         self._device = device
         self._config = runner.decoder.config
         self._weights = runner.decoder.weights
         self._ops = runner.backend
         self._dtype = self._weights.embedding.dtype
+        self._most_tokens = most_tokens
         self._drawn: dict[tuple[int, str], Tensor] = {}
         with torch.inference_mode():
             for keys, values in runner.kv.layers:  # untouched memory would be read from one zero page of the system
@@ -61,7 +63,9 @@ class OperatorBench:
         kind = dtype or self._dtype
         drawn = self._drawn.get((width, str(kind)))
         if drawn is None or len(drawn) < tokens:
-            drawn = torch.randn(tokens, width, device=self._device).to(kind)
+            # At once for the largest work: what smaller work was given stays in memory as long as that.
+            most = max(tokens, self._most_tokens if kind == self._dtype else 0)
+            drawn = torch.randn(most, width, device=self._device).to(kind)
             self._drawn[width, str(kind)] = drawn
         return drawn[:tokens]
 

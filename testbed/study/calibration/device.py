@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 from ruamel.yaml import YAML
 
+import testbed
 from testbed.api import engine_options
 from testbed.costs.derive import dump
 from testbed.costs.devices import MIB, DeviceProfile, Formula
@@ -138,7 +139,7 @@ def measure_device(scenario: Scenario, minutes: float = 2.5, report: Report = la
 
 def bare_profile(info: DeviceInfo, ceilings: Ceilings) -> DeviceProfile:
     """A profile of the ceilings alone; its formula stands for what the engine does not do."""
-    versions = ", ".join(f"{name} {version(name)}" for name in ("testbed", "torch", "numpy"))
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy"))
     return DeviceProfile(
         name="calibrated",
         device=info.name,
@@ -150,7 +151,7 @@ def bare_profile(info: DeviceInfo, ceilings: Ceilings) -> DeviceProfile:
         formula=Formula(0.6, 0.8, 2000.0, 20000.0, 0.6, 10000.0),  # guessed, as in the presets
         decode_skew=0.05,
         source=f"testbed calibrate on {platform.node()} ({platform.system()} {platform.machine()}), "
-        f"{date.today().isoformat()}; {info.backend} backend, Python {platform.python_version()}, {versions}",
+        f"{date.today().isoformat()}; testbed {testbed.__version__}, {info.backend} backend, {versions}",
         launches_per_step=None if info.kind == "cuda" else 1,
     )
 
@@ -171,7 +172,8 @@ class _Measuring:
         """How dense the axes are."""
         context = min(info.context_length, info.kv_tokens) - SLACK_TOKENS
         tokens = min(options.chunk_tokens, info.kv_tokens - SLACK_TOKENS)
-        self._limits = Limits(tokens, options.max_running_requests, context, info.kv_tokens, options.page_size)
+        rows = min(options.max_running_requests, info.kv_tokens // options.page_size)
+        self._limits = Limits(tokens, rows, context, info.kv_tokens, options.page_size)
         self._points: list[dict[str, Any]] = []
         self._notes = [f"device: {info.name}", *info.notes]
 

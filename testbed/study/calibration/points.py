@@ -140,8 +140,7 @@ def _decode(limits: Limits, per_octave: float) -> Iterator[Point]:
         yield replace(base, rows=row, context=context)
     for row, context in product(amid(rows), amid(contexts)):
         yield replace(base, rows=row, context=context, held_out=True)
-    spread = [context for context in contexts if context >= 4 * LEAST_CONTEXT][::2]
-    for i, (row, longest) in enumerate(product(rows[1:], spread)):
+    for i, (row, longest) in enumerate(product(rows[1:], contexts[1::2])):
         yield Point("decode_skew", rows=row, context=LEAST_CONTEXT, longest=longest, held_out=i % 3 == 2)
 
 
