@@ -28,7 +28,7 @@ REASON_CHARS = 200
 """Of what a template says about messages that it refuses."""
 PRODUCT_CHARS = 1 << 20
 """Of a string or list that a template makes by multiplication."""
-TURNS = 1_000_000
+TURNS = 200_000
 """Of all loops of one rendering."""
 
 
@@ -130,8 +130,8 @@ class ChatTemplate:
                 part.encode()  # a template can unescape half of a surrogate pair
                 parts.append(part)
         except RefusedMessages as refusal:
-            reason = ascii(str(refusal.message)[:REASON_CHARS])
-            message = f"messages were refused by the model's chat template: {reason}."
+            reason = ascii(str(refusal.message))[1:-1][:REASON_CHARS]
+            message = f"messages were refused by the model's chat template: '{reason}'."
             raise ApiError(message, param="messages") from None
         except Exception:
             message = (

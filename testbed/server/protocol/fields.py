@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
-from annotated_types import Ge, Gt, Le
 from numpy.typing import NDArray
 from pydantic import (
     BaseModel,
@@ -32,7 +31,6 @@ from testbed.server.protocol.generation import Served
 
 INT32_MAX = 2**31 - 1
 _LENGTHS = {"string": "maxLength", "array": "maxItems", "object": "maxProperties"}
-_UNITS = {"string": "characters", "array": "entries", "object": "entries"}
 
 
 class Fields(BaseModel):
@@ -341,17 +339,17 @@ Options = Annotated[
 ]
 Name = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$"), AtMost("name_chars")]
 """An id or a key: no control characters, so that it can stand in a line of a log."""
-Temperature = Annotated[float, Ge(0), Le(2)]
-Share = Annotated[float, Ge(0), Le(1)]
-PositiveShare = Annotated[float, Gt(0), Le(1)]
-Penalty = Annotated[float, Ge(-2), Le(2)]
-Repetition = Annotated[float, Gt(0), Le(2)]
-Seed = Annotated[int, Ge(-(2**63)), Le(2**63 - 1)]
-Priority = Annotated[int, Ge(-INT32_MAX), Le(INT32_MAX)]
-Choices = Annotated[int, Ge(1), AtMost("n")]
-OutputTokens = Annotated[int, Ge(1), AtMost("max_tokens")]
-NoOrMoreTokens = Annotated[int, Ge(0), AtMost("max_tokens")]
-TopLogprobs = Annotated[int, Ge(0), AtMost("logprobs")]
+Temperature = Annotated[float, Field(ge=0, le=2)]
+Share = Annotated[float, Field(ge=0, le=1)]
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Repetition = Annotated[float, Field(gt=0, le=2)]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+Priority = Annotated[int, Field(ge=-INT32_MAX, le=INT32_MAX)]
+Choices = Annotated[int, Field(ge=1), AtMost("n")]
+OutputTokens = Annotated[int, Field(ge=1), AtMost("max_tokens")]
+NoOrMoreTokens = Annotated[int, Field(ge=0), AtMost("max_tokens")]
+TopLogprobs = Annotated[int, Field(ge=0), AtMost("logprobs")]
 
 
 def _top_k(value: Any) -> Any:
@@ -360,4 +358,4 @@ def _top_k(value: Any) -> Any:
     return value
 
 
-TopK = Annotated[int, Ge(-1), Le(INT32_MAX), BeforeValidator(_top_k), Field(json_schema_extra={"not": {"const": 0}})]
+TopK = Annotated[int, Field(ge=-1, le=INT32_MAX, json_schema_extra={"not": {"const": 0}}), BeforeValidator(_top_k)]

@@ -27,7 +27,7 @@ from testbed.server.protocol.fields import (
 )
 from testbed.server.protocol.generation import Call, Generation, Served, check_amount, check_grammar
 from testbed.server.protocol.openai import SamplingFields, cache_key, one_grammar, validated
-from testbed.server.protocol.responses import Choice, TokenLogprob, event, finish_reason
+from testbed.server.protocol.responses import Choice, TokenLogprob, event, finish_reason, finite
 
 DEFAULT_MAX_NEW_TOKENS = 128
 """SGLang's (``sampling/sampling_params.py``)."""
@@ -46,7 +46,9 @@ class GenerateBody(Fields):
 
     text: Prompts | None = None
     input_ids: Prompts | None = None
-    sampling_params: Annotated[list[NativeSampling], AtMost("prompts"), OneOrMany()] = Field([NativeSampling()])
+    sampling_params: Annotated[list[NativeSampling], AtMost("prompts"), OneOrMany()] = Field(
+        default_factory=lambda: [NativeSampling()]
+    )
     return_logprob: bool = False
     logprob_start_len: Annotated[int, Field(ge=-1), AtMost("prompt_tokens")] = -1
     top_logprobs_num: TopLogprobs = 0
@@ -152,10 +154,11 @@ def generate_reply(
         info["e2e_latency"] = latency_s
     if choice.logprobs is not None:
         for side, tokens in (("input", prompt_logprobs or ()), ("output", choice.logprobs)):
-            info[f"{side}_token_logprobs"] = [[token.logprob, token.token_id, None] for token in tokens]
+            info[f"{side}_token_logprobs"] = [[finite(token.logprob), token.token_id, None] for token in tokens]
             if any(token.top for token in tokens):
                 info[f"{side}_top_logprobs"] = [
-                    [[logprob, token_id, None] for token_id, _, logprob in token.top] or None for token in tokens
+                    [[finite(logprob), token_id, None] for token_id, _, logprob in token.top] or None
+                    for token in tokens
                 ]
     return {"text": choice.text, "output_ids": list(output_ids), "meta_info": info}
 

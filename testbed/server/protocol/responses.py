@@ -239,7 +239,7 @@ def _completion_logprobs(tokens: Sequence[TokenLogprob], offset: int) -> dict[st
         offset += len(decoder.decode(token.data))
     return {
         "text_offset": offsets,
-        "token_logprobs": [_finite(token.logprob) for token in tokens],
+        "token_logprobs": [finite(token.logprob) for token in tokens],
         "tokens": [token_text(token.data) for token in tokens],
         "top_logprobs": [_top_by_text(token) for token in tokens] if any(token.top for token in tokens) else None,
     }
@@ -268,8 +268,9 @@ def _chat_logprobs(choice: Choice) -> dict[str, object] | None:
 
 
 def _chat_token(data: bytes, logprob: float | None) -> dict[str, object]:
-    return {"token": token_text(data), "logprob": _finite(logprob), "bytes": list(data)}
+    return {"token": token_text(data), "logprob": finite(logprob), "bytes": list(data)}
 
 
-def _finite(logprob: float | None) -> float | None:
+def finite(logprob: float | None) -> float | None:
+    """A log-probability as JSON can say it."""
     return None if logprob is None else max(logprob, LOWEST_LOGPROB)

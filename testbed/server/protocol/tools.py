@@ -66,23 +66,26 @@ class HermesCalls:
         """The content that is decided, and the calls that are complete."""
         content: list[str] = []
         calls: list[ToolCall] = []
-        rest = self._held + text
-        while True:
-            tag = OPEN if self._inside is None else CLOSE
-            at = rest.find(tag)
-            keep = content if self._inside is None else self._inside
-            if at < 0:
-                split = len(rest) - _overlap(rest, tag)
-                keep.append(rest[:split])
-                self._held = rest[split:]
-                return Parsed("".join(content), tuple(calls))
-            keep.append(rest[:at])
-            rest = rest[at + len(tag) :]
+        rest, begin = self._held + text, 0
+        while (at := rest.find(self._tag, begin)) >= 0:
+            self._keep(content).append(rest[begin:at])
+            begin = at + len(self._tag)
             if self._inside is None:
                 self._inside = []
             else:
                 self._end("".join(self._inside), CLOSE, content, calls)
                 self._inside = None
+        split = len(rest) - _overlap(rest, self._tag, begin)
+        self._keep(content).append(rest[begin:split])
+        self._held = rest[split:]
+        return Parsed("".join(content), tuple(calls))
+
+    @property
+    def _tag(self) -> str:
+        return OPEN if self._inside is None else CLOSE
+
+    def _keep(self, content: list[str]) -> list[str]:
+        return content if self._inside is None else self._inside
 
     def finish(self) -> Parsed:
         """The rest. A call without its closing tag counts if it is whole: the tag may have been the stop string."""
@@ -150,9 +153,9 @@ def forced_schema(functions: Sequence[dict[str, Any]], calls_max: int) -> str:
     return json.dumps({"type": "array", "minItems": 1, "maxItems": calls_max, "items": {"anyOf": items}})
 
 
-def _overlap(text: str, tag: str) -> int:
-    """How many characters at the end of ``text`` are a beginning of ``tag``."""
-    return next((size for size in range(min(len(tag) - 1, len(text)), 0, -1) if text.endswith(tag[:size])), 0)
+def _overlap(text: str, tag: str, begin: int) -> int:
+    """How many characters at the end of ``text``, from ``begin`` on, are a beginning of ``tag``."""
+    return next((size for size in range(len(tag) - 1, 0, -1) if text.endswith(tag[:size], begin)), 0)
 
 
 def _json(text: str) -> Any:
