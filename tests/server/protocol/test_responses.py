@@ -241,18 +241,22 @@ def test_what_the_server_says_of_itself() -> None:
 def test_metrics_have_sglangs_names() -> None:
     metrics = ServerMetrics(CollectorRegistry(), "tiny")
     metrics.first_token(0.02)
-    metrics.next_tokens(0.04, 4)
+    metrics.later_tokens(0.04, 4)
+    metrics.later_tokens(0.0, 0)
     metrics.ended("length", 10, 4, 5, 0.06, 0.01)
     metrics.ended("abort", 2, 0, 0, 0.5, None, grammar=True)
     metrics.state(STATE)
     page, kind = metrics.page()
-    found = {}
+    found, gaps = {}, {}
     for family in text_string_to_metric_families(page.decode()):
         for sample in family.samples:
             assert sample.labels["model_name"] == "tiny"
+            if sample.name == "sglang:inter_token_latency_seconds_bucket":
+                gaps[float(sample.labels["le"])] = sample.value
             if "le" not in sample.labels and not sample.name.endswith("_created"):
                 found[sample.name.removeprefix("sglang:")] = sample.value
     assert kind.startswith("text/plain")
+    assert (gaps[0.0075], gaps[0.01], gaps[0.015], gaps[math.inf]) == (0, 4, 4, 4)
     assert found == pytest.approx(
         {
             "prompt_tokens_total": 12,
