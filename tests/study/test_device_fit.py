@@ -134,6 +134,10 @@ def test_no_operator_beats_the_ceilings(seed: int, model: str, rate: float, flop
     for point, predicted in prediction(fit, points).items():
         if point.operator != "experts":  # between knots their bound is the chord
             assert predicted >= floors[point] * 0.9995, point
+    gemm = fit.profile.tables["gemm"]["float32"]
+    for (n, k), row in zip(gemm["shapes"], gemm["ns"], strict=True):  # in the file too, not only as it is read
+        least = [max(2.0 * m * n * k / flops, 4.0 * n * k / rate) for m in gemm["m"]]
+        assert all(time >= 0.999 * bound - 1 for time, bound in zip(row, least, strict=False))
     beaten = [point.operator for point in points if times[point] < floors[point]]
     assert fit.raised == {name: beaten.count(name) for name in beaten}
 
