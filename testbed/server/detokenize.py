@@ -112,6 +112,13 @@ class Vocabulary:
             return _ByteText(self._bytes[skip_special_tokens], prompt_tail)
         return _PieceText(self._pieces[skip_special_tokens], prompt_tail)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds behind others, special ones too; its bytes need not be whole characters."""
+        if self._byte_level:
+            return self._bytes[False][token_id]
+        piece = self._pieces[False][token_id]
+        return b"" if piece is None else piece.byte or piece.later.encode()
+
 
 def _decoder_kinds(tokenizer: Tokenizer) -> list[str]:
     """The kinds of the tokenizer's decoders, in order; InputError if they cannot be streamed."""
@@ -256,7 +263,6 @@ class _PieceText:
                 return ""
             except UnicodeDecodeError:
                 self._broken = True
-                self._utf8.reset()
         text = REPLACEMENT * len(self._run)
         self._run, self._first = [], False
         return text

@@ -43,7 +43,7 @@ SCRIPTS = {
 }
 ENGLISH = ["the quick brown fox jumps over the lazy dog, does it not? " * 8, "there then these those " * 5]
 PROSE = [*SCRIPTS.values(), *ENGLISH]
-ADDED = ("<think>", "two words", "naïve", "🫠", "</s><s>")
+ADDED = ("<think>", "two words", "naïve", "🫠", "</s><s>", "<0xE4>")
 SPECIAL = ("<|start|>", "<|ende ü|>")
 
 
