@@ -86,9 +86,15 @@ class Engine:
     oracle: Oracle
 
 
-def build_engine(scenario: Scenario, *, checks: Checks = "delta", real: DeviceInfo | None = None) -> Engine:
+def build_engine(
+    scenario: Scenario,
+    *,
+    checks: Checks = "delta",
+    real: DeviceInfo | None = None,
+    recorder: Recorder | None = None,
+) -> Engine:
     """Build what ``scenario`` names. ``real``: the device that will run it; its memory counts, not that of the modelled
-    one. Raises InputError for anything that cannot run."""
+    one. ``recorder``: None: one that keeps everything. Raises InputError for anything that cannot run."""
     base_dir = Path.cwd()
     config = scenario.engine
     model = load_model(scenario.model)
@@ -103,7 +109,7 @@ def build_engine(scenario: Scenario, *, checks: Checks = "delta", real: DeviceIn
         context_length=context_length,
         seed=scenario.seed,
     )
-    scheduler = build_scheduler(config, setting, checks=checks)
+    scheduler = build_scheduler(config, setting, checks=checks, recorder=recorder)
     capacity_tokens = scheduler.memory.allocator.capacity_tokens
     workload = build_workload(
         scenario.workload,
@@ -137,9 +143,11 @@ def build_loop(config: EngineConfig) -> tuple[str, EventLoop]:
     return find_loop(config.loop, config.parallel.pp)
 
 
-def build_scheduler(config: EngineConfig, setting: Setting, *, checks: Checks = "delta") -> Scheduler:
+def build_scheduler(
+    config: EngineConfig, setting: Setting, *, checks: Checks = "delta", recorder: Recorder | None = None
+) -> Scheduler:
     """The scheduler of an engine. Its journal begins with ``setting``: what replaying needs beside the scenario."""
-    recorder = Recorder()
+    recorder = recorder or Recorder()
     recorder.journal.setting = setting
     return Scheduler(
         config,

@@ -14,10 +14,9 @@ from testbed.messages import AbortRequest, ControlOutput, GenerateRequest, Logpr
 from testbed.request import Request
 from testbed.runtime.wall import WallClock
 from testbed.server import wire
-from testbed.server.wire import Answer, Begin, Ended, RowLogprobs, StepTokens
+from testbed.server.detokenize import PROMPT_TAIL_TOKENS
+from testbed.server.wire import Answer, Begin, Ended, RowLogprobs, StepTokens, Times
 
-PROMPT_TAIL = 6
-"""Prompt tokens that the first output may join with in the text."""
 NAP_MS = 50
 """A loop without work looks this often whether it is to stop."""
 AT_ONCE = 256
@@ -38,11 +37,14 @@ class SocketClients:
         outputs: zmq.Socket[bytes],
         vocab_size: int,
         expect: Callable[[GenerateRequest], None] = lambda request: None,
+        forget: Callable[[str], None] = lambda rid: None,
+        times_of: Callable[[str], Times | None] = lambda rid: None,
     ) -> None:
-        """``expect``: told of every request (a modelled device wants to know how long its output will be)."""
+        """``expect``, ``forget``: told of every request, and of its end by id (a modelled device wants to know how long
+        an output will be). ``times_of``: asked once, at the end."""
         self._clock, self._requests, self._outputs = clock, requests, outputs
         self._vocab_size = vocab_size
-        self._expect = expect
+        self._expect, self._forget, self._times_of = expect, forget, times_of
         self._open: dict[str, GenerateRequest] = {}
         """Requests that have not ended."""
         self._streamed: set[str] = set()
@@ -84,7 +86,7 @@ class SocketClients:
         while not self._clock.stopping:
             nap_ms = NAP_MS
             if until_ns is not None:
-                nap_ms = min(NAP_MS, max((until_ns - self._clock.now_ns()) // 1_000_000, 0))
+                nap_ms = min(NAP_MS, max(-(-(until_ns - self._clock.now_ns()) // 1_000_000), 0))
             if self._requests.poll(nap_ms):
                 return
             if until_ns is not None and self._clock.now_ns() >= until_ns:
@@ -96,7 +98,7 @@ class SocketClients:
         """See wall.Clients: the tokens of this step that count, of requests that stream."""
         if not self._streamed:
             return
-        rows, requests = self._rows_that_count(batch, result.invalid)
+        rows, requests = self._rows_that_count(batch)
         if not rows:
             return
         begins = [self._begin(request.rid) for request in requests if request.rid not in self._begun]
@@ -108,18 +110,19 @@ class SocketClients:
         rids = [request.rid for request in requests]
         self._outputs.send(wire.encode(StepTokens(begins, rids, wire.pack_ids(result.token_ids[rows]), found)))
 
-    def _rows_that_count(self, batch: Batch, invalid: tuple[int, ...]) -> tuple[list[int], list[Request]]:
-        """Not those of requests that ended in an earlier step, or were retracted since the launch."""
+    def _rows_that_count(self, batch: Batch) -> tuple[list[int], list[Request]]:
+        """Not those of requests that were retracted since the launch, nor of those that have ended: the end that
+        follows tells of its token too."""
         streamed = self._streamed
         rows: list[int] = []
         requests: list[Request] = []
         for row, (request, _, _, last) in enumerate(batch.prefills):
-            counts = request.sampled and not request.pending_prefills and request.max_new_tokens
-            if last and counts and request.rid in streamed:
+            sampled = last and request.sampled and not request.pending_prefills
+            if sampled and request.finish_reason is None and request.rid in streamed:
                 rows.append(row)
                 requests.append(request)
         for row, request in enumerate(batch.decodes, len(batch.prefills)):
-            if request.in_running and request.rid in streamed and row not in invalid:
+            if request.in_running and request.finish_reason is None and request.rid in streamed:
                 rows.append(row)
                 requests.append(request)
         return rows, requests
@@ -128,10 +131,10 @@ class SocketClients:
         self._begun.add(rid)
         source = self._open[rid]
         assert source.text is not None
-        return Begin(rid, wire.pack_ids(self._tail(source)), source.text)
+        return Begin(rid, wire.pack_ids(self._tail(source)), source.text, source.stream)
 
     def _tail(self, source: GenerateRequest) -> NDArray[np.int32]:
-        return source.prompt.ids(self._vocab_size)[-PROMPT_TAIL:]
+        return source.prompt.ids(self._vocab_size)[-PROMPT_TAIL_TOKENS:]
 
     def hear(self, output: RequestOutput | ControlOutput, now_ns: int) -> None:
         """See wall.Clients."""
@@ -140,6 +143,7 @@ class SocketClients:
             self._outputs.send(wire.encode(Answer(worker, number, output.success, output.message, output.state)))
             return
         source = self._open.pop(output.rid, None)
+        self._forget(output.rid)
         self._streamed.discard(output.rid)
         self._begun.discard(output.rid)
         self._outputs.send(wire.encode(self._ended(output, source)))
@@ -158,6 +162,7 @@ class SocketClients:
             prompt_tail=b"" if source is None else wire.pack_ids(self._tail(source)),
             prompt_logprobs=found.prompt.tobytes() if found is not None and len(found.prompt) else None,
             logprobs=None if found is None else _all_logprobs(found),
+            times=self._times_of(output.rid),
         )
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from testbed.messages import Message, TextOptions, decode_message, encode_message
+from testbed.server.options import ServeOptions
 
 
 class Asked(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -36,6 +37,8 @@ class Begin(msgspec.Struct, frozen=True, array_like=True):
     prompt_tail: bytes
     """int32: the last prompt tokens, which may join with the first output."""
     text: TextOptions
+    stream: bool
+    """Whether the client wants text as it comes; else only stop strings are looked for."""
 
 
 class RowLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -47,7 +50,8 @@ class RowLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepTokens(msgspec.Struct, frozen=True, array_like=True, tag="tokens"):
-    """The tokens of a step, of requests whose text is wanted as it comes."""
+    """The tokens of a step, of requests whose text is wanted as it comes. The last token of a request is
+    not here: it comes with its end, which says whether it has a text."""
 
     begins: list[Begin]
     rids: list[str]
@@ -55,6 +59,14 @@ class StepTokens(msgspec.Struct, frozen=True, array_like=True, tag="tokens"):
     """int32 [rids]"""
     logprobs: dict[int, RowLogprobs] = {}
     """By place in ``rids``, where they are wanted."""
+
+
+class Times(msgspec.Struct, frozen=True, array_like=True):
+    """When things happened to a request, ns since it was queued; -1: never."""
+
+    scheduled_ns: int
+    first_token_ns: int
+    ended_ns: int
 
 
 class Ended(msgspec.Struct, frozen=True, array_like=True, tag="ended"):
@@ -71,10 +83,13 @@ class Ended(msgspec.Struct, frozen=True, array_like=True, tag="ended"):
     """int32: all of them."""
     text: TextOptions | None
     prompt_tail: bytes = b""
+    """int32: see ``Begin``."""
     prompt_logprobs: bytes | None = None
     """float32 [prompt tokens], when the request asked for them."""
     logprobs: list[RowLogprobs] | None = None
     """Of every output token, when the request asked for them."""
+    times: Times | None = None
+    """None: it was never queued."""
 
 
 class Answer(msgspec.Struct, frozen=True, array_like=True, tag="answer"):
@@ -85,6 +100,8 @@ class Answer(msgspec.Struct, frozen=True, array_like=True, tag="answer"):
     success: bool
     message: str
     state: dict[str, int | float | str]
+    metrics: bytes = b""
+    """The page of ``/metrics``: the detokenizer, which sees every end, adds it to an answer that has a state."""
 
 
 class Finished(msgspec.Struct, frozen=True, array_like=True):
@@ -99,6 +116,7 @@ class Finished(msgspec.Struct, frozen=True, array_like=True):
     cached_tokens: int
     output_tokens: int
     prompt_logprobs: bytes | None = None
+    """See ``Ended``."""
 
 
 class Delta(msgspec.Struct, frozen=True, array_like=True):
@@ -117,27 +135,66 @@ class Deltas(msgspec.Struct, frozen=True, array_like=True, tag="deltas"):
     deltas: list[Delta]
 
 
-class Ready(msgspec.Struct, frozen=True, array_like=True):
-    """A part of the server can take requests."""
+class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
+    """A part to the parent: it can take requests."""
 
-    part: str
     max_total_num_tokens: int = 0
     """Of the scheduler: tokens that the KV pool holds."""
     max_req_input_len: int = 0
     """Of the scheduler: a prompt is shorter than this."""
-    facts: dict[str, int | float | str] = {}
-    """What ``/get_server_info`` tells: model, device, loop, ..."""
+    context_tokens: int = 0
+    """Of the scheduler: prompt and output together are at most this."""
+    vocab_size: int = 0
+    max_running_requests: int = 0
+    device: str = ""
+    loop: str = ""
+    notes: tuple[str, ...] = ()
+    """What whoever reads results must know."""
+
+
+class Refused(msgspec.Struct, frozen=True, array_like=True, tag="refused"):
+    """A part to the parent: it was asked for something that cannot be (an InputError); it ends."""
+
+    message: str
+    where: str
+    remedy: str
+
+
+class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
+    """A part to the parent: a defect; it ends."""
+
+    message: str
+    details: str
+    """The traceback."""
+
+
+class Start(msgspec.Struct, frozen=True):
+    """The parent to a part, once: what to be."""
+
+    options: ServeOptions
+    folder: str
+    """Where the sockets are: nobody else's."""
+    number: int = 0
+    """Of a worker."""
+    listener_fd: int = -1
+    """Of a worker: the socket that it accepts connections on."""
+    scheduler: Ready | None = None
+    """Of a worker: what the scheduler said."""
 
 
 FromScheduler = StepTokens | Ended | Answer
 ToWorker = Deltas | Answer
+FromPart = Ready | Refused | Failed
+DRAIN = b"drain"
+"""The parent to a part: end, once nothing is open any more."""
 
 _encoder = msgspec.msgpack.Encoder()
 encode = _encoder.encode
 decode_asked = msgspec.msgpack.Decoder(Asked).decode
 decode_from_scheduler = msgspec.msgpack.Decoder(FromScheduler).decode
 decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode
-decode_ready = msgspec.msgpack.Decoder(Ready).decode
+decode_from_part = msgspec.msgpack.Decoder(FromPart).decode
+decode_start = msgspec.msgpack.Decoder(Start).decode
 
 
 def asked(worker: int, number: int, message: Message) -> bytes:
@@ -158,6 +215,21 @@ def pack_ids(token_ids: Sequence[int] | NDArray[np.int32]) -> bytes:
 def unpack_ids(data: bytes) -> list[int]:
     """What ``pack_ids`` packed."""
     return [int(token) for token in np.frombuffer(data, "<i4").tolist()]
+
+
+def requests_address(folder: str) -> str:
+    """Where the scheduler listens."""
+    return f"ipc://{folder}/requests"
+
+
+def outputs_address(folder: str) -> str:
+    """Where the detokenizer listens."""
+    return f"ipc://{folder}/outputs"
+
+
+def replies_address(folder: str, worker: int) -> str:
+    """Where a worker listens."""
+    return f"ipc://{folder}/replies-{worker}"
 
 
 def worker_of(rid: str) -> int:

@@ -1,0 +1,102 @@
+"""``testbed serve``: an engine behind an OpenAI-compatible HTTP server."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from testbed.cli import options
+from testbed.scenario.errors import InputError
+
+
+class Backend(StrEnum):
+    """What computes."""
+
+    REAL = "real"
+    PACED = "paced"
+
+
+Keyed = typer.Option(envvar="TESTBED_API_KEY", show_envvar=True, help="Clients must send it.", show_default=False)
+AdminKeyed = typer.Option(
+    envvar="TESTBED_ADMIN_KEY", show_envvar=True, help="Opens the administrator's addresses.", show_default=False
+)
+MANY = typer.Option("--limit", metavar="NAME=NUMBER", help="What a request may ask for, e.g. n=8. May be repeated.")
+
+
+def serve(
+    model: Annotated[
+        str | None, typer.Option(help="A preset or a model folder; default: a tiny model.", show_default=False)
+    ] = None,
+    backend: Annotated[
+        Backend, typer.Option(help="This machine's device, or the cost model in real time.")
+    ] = Backend.REAL,
+    device: Annotated[str | None, typer.Option(help="Of a paced server: a device profile.")] = None,
+    host_profile: Annotated[
+        str | None, typer.Option(help="Spend this host's times in the loop, where they are longer than ours.")
+    ] = None,
+    settings: options.Settings = None,
+    tokenizer: Annotated[str | None, typer.Option(help="A folder; default: the model's, or our own.")] = None,
+    output_tokens: Annotated[
+        str | None, typer.Option(metavar="LENGTHS", help="Of a paced server: where requests end that heed EOS.")
+    ] = None,
+    served_model_name: Annotated[list[str] | None, typer.Option(help="What clients call the model.")] = None,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 30000,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="HTTP processes.")] = 1,
+    api_key: Annotated[str, Keyed] = "",
+    admin_key: Annotated[str, AdminKeyed] = "",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    max_queued: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are turned away.")] = 1024,
+    connections: Annotated[int, typer.Option(min=1, help="Open connections.")] = 4096,
+    drain_s: Annotated[float, typer.Option(min=0, help="For running requests, when told to end.")] = 30.0,
+    header_s: Annotated[float, typer.Option(min=0.1, help="For the head of a request.")] = 10.0,
+    body_s: Annotated[float, typer.Option(min=0.1, help="For its body.")] = 30.0,
+    idle_s: Annotated[float, typer.Option(min=0.1, help="For the next request on a connection.")] = 30.0,
+    write_s: Annotated[float, typer.Option(min=0.1, help="For a client to take what is sent.")] = 30.0,
+    limit: Annotated[list[str] | None, MANY] = None,
+) -> None:
+    """Serve a model to OpenAI's and SGLang's clients; Ctrl-C or SIGTERM lets running requests end first."""
+    with _needs_installing():
+        from testbed.server import launch
+        from testbed.server import options as serving
+    shorthands = {"device": device, "host_inject": host_profile, "workload.lengths.output_tokens": output_tokens}
+    given = [f"{field}={value}" for field, value in shorthands.items() if value is not None]
+    loaded = serving.load_serving(model, backend.value, [*given, *(settings or ()), f"seed={seed}"])
+    for warning in loaded.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    scenario = loaded.scenario
+    tiny = model is None and backend is Backend.REAL
+    chosen = serving.ServeOptions(
+        scenario=serving.encoded(scenario),
+        backend=backend.value,
+        tiny=tiny,
+        tokenizer=str(serving.find_tokenizer(scenario.model, tokenizer)),
+        names=tuple(served_model_name or [serving.TINY if tiny else Path(scenario.model).name]),
+        host=host,
+        port=port,
+        workers=workers,
+        api_key=api_key,
+        admin_key=admin_key,
+        max_queued=max_queued,
+        connections=connections,
+        waits=serving.Waits(header_s=header_s, body_s=body_s, idle_s=idle_s, write_s=write_s, drain_s=drain_s),
+        limits=serving.read_limits(limit or ()),
+    )
+    status = launch.serve(chosen, lambda line: print(line, flush=True))
+    if status:
+        raise typer.Exit(status)
+
+
+@contextmanager
+def _needs_installing() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        message = f"serving needs {error.name}, which is not installed"
+        raise InputError(message, where="serve", remedy="pip install 'testbed[serve]'") from error

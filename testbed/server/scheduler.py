@@ -1,0 +1,137 @@
+"""The scheduler's process: engine, loop and clients' sockets; the loop's thread does everything.
+
+``python -m testbed.server.scheduler FD``
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import zmq
+
+from testbed.api import Engine, build_engine, engine_options
+from testbed.costs import load_host
+from testbed.engine.builder import InputBuilder
+from testbed.engine.device import Device, needs_installing, open_device
+from testbed.loops.base import LoopContext
+from testbed.messages import GenerateRequest
+from testbed.runtime import wall
+from testbed.runtime.oracle import Oracle
+from testbed.runtime.paced import PacedDevice
+from testbed.runtime.real import RealDevice
+from testbed.scenario.schema import Scenario
+from testbed.server import wire
+from testbed.server.clients import SocketClients
+from testbed.server.forgetful import ForgetfulLog, ForgetfulRecorder
+from testbed.server.modelled import ModelledLengths
+from testbed.server.options import TINY, TINY_PRESET, ServeOptions
+from testbed.server.part import Part, run_part
+
+OUTPUTS_AHEAD = 10_000
+"""Messages (about steps) that the detokenizer may be behind before the loop waits for it: nothing is dropped."""
+
+
+def serve(part: Part) -> None:
+    """Run the loop until the parent asks to end. Raises InputError for what cannot run, DeviceLost."""
+    options, folder = part.start.options, part.start.folder
+    scenario = _scenario(options, folder)
+    clock = wall.WallClock()
+
+    def stop() -> None:
+        clock.stopping = True
+
+    part.watch(stop)
+    with _opened(options, scenario) as device, zmq.Context() as context:
+        recorder = ForgetfulRecorder()
+        engine = build_engine(scenario, real=None if device is None else device.info, recorder=recorder)
+        engine.scheduler.decision_log = ForgetfulLog()
+        requests, outputs = _sockets(context, folder)
+        lengths = ModelledLengths(engine, options.tokenizer) if device is None else None
+        clients = SocketClients(
+            clock,
+            requests,
+            outputs,
+            engine.model.vocab,
+            expect=lengths.expect if lengths else _nothing,
+            forget=lengths.forget if lengths else _nothing,
+            times_of=recorder.times_of,
+        )
+        runtime = wall.WallRuntime(
+            clock=clock,
+            device=_device(clock, engine, device, lengths.oracle if lengths else engine.oracle),
+            recorder=recorder,
+            clients=clients,
+            inject=load_host(scenario.host_inject, tp=scenario.engine.parallel.tp) if scenario.host_inject else None,
+        )
+        part.tell(_ready(engine, device))
+        gc.collect()
+        gc.freeze()  # what lives as long as the server is looked at no more
+        wall.run_to_the_end(engine.loop(LoopContext(engine.scheduler, runtime)))
+        requests.close(0)
+        outputs.close(0)
+
+
+def _nothing(what: GenerateRequest | str) -> None:
+    """A real device learns of an output's end by computing it."""
+
+
+def _scenario(options: ServeOptions, folder: str) -> Scenario:
+    """The scenario; its model is made here if it is the tiny one."""
+    scenario = options.read_scenario()
+    if not options.tiny:
+        return scenario
+    with needs_installing():
+        from testbed.engine.models.create import Sizes, create_model
+    model = create_model(TINY_PRESET, Path(folder) / TINY, Sizes(), seed=scenario.seed)
+    return scenario.model_copy(update={"model": str(model)})
+
+
+@contextmanager
+def _opened(options: ServeOptions, scenario: Scenario) -> Iterator[Device | None]:
+    """The real device; None where it is modelled."""
+    if options.backend == "paced":
+        yield None
+        return
+    with open_device(engine_options(scenario)) as device:
+        yield device
+
+
+def _sockets(context: zmq.Context[zmq.Socket[bytes]], folder: str) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+    """Requests have no mark to be refused at: how many are open is bounded by those who send them."""
+    requests, outputs = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+    requests.rcvhwm = 0
+    requests.bind(wire.requests_address(folder))
+    outputs.sndhwm = OUTPUTS_AHEAD
+    outputs.connect(wire.outputs_address(folder))
+    return requests, outputs
+
+
+def _device(clock: wall.WallClock, engine: Engine, device: Device | None, oracle: Oracle) -> wall.Device:
+    scenario = engine.scenario
+    if device is None:
+        return PacedDevice(clock, engine.cost_model, oracle)
+    info, slots = device.info, engine.scheduler.memory.slots
+    builder = InputBuilder(slots, scenario.engine.page_size, info.table_width, scenario.seed)
+    priced = engine.cost_model if scenario.host_inject else None
+    return RealDevice(clock, device, builder, oracle, forced=False, cost_model=priced)
+
+
+def _ready(engine: Engine, device: Device | None) -> wire.Ready:
+    modelled = engine.device.name if engine.device is not None else "constant"
+    return wire.Ready(
+        max_total_num_tokens=engine.kv_tokens,
+        max_req_input_len=engine.scheduler.max_prompt_tokens,
+        context_tokens=engine.scheduler.max_request_tokens - 1,
+        vocab_size=engine.model.vocab,
+        max_running_requests=engine.scheduler.max_running_requests,
+        device=device.info.name if device is not None else f"{modelled} (modelled)",
+        loop=engine.loop_name,
+        notes=device.info.notes if device is not None else tuple(engine.cost_model.unmeasured()),
+    )
+
+
+if __name__ == "__main__":
+    run_part(serve)
