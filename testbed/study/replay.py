@@ -36,7 +36,7 @@ def replay(run: Run | Path | str, *, until_step: int | None = None, own_code: bo
         raise InputError("its decision log is no log of this version", where=where, remedy="run the scenario again")
     config = _engine_of(chosen, where).model_copy(update={"loop": journal.setting.loop})
     if journal.setting.kv_tokens // config.page_size > MOST_PAGES or config.max_running_requests > MOST_REQUESTS:
-        remedy = f"at most {MOST_PAGES:,} pages and {MOST_REQUESTS:,} requests at once"
+        remedy = f"at most {MOST_PAGES:,} pages and {MOST_REQUESTS:,} requests at once: make it with engine.kv_tokens"
         raise InputError("the run claims more memory than a replay takes", where=where, remedy=remedy)
     for field, name in _own_parts(config):
         if not own_code:

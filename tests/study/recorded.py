@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
+import torch
 
 from testbed import Run, execute, load_scenario, simulate
 from testbed.api import check_real, execute_on
@@ -163,6 +164,8 @@ def as_run(outcome: Outcome, kv_tokens: int = 4096, seed: int = 0) -> Run:
         workload={"arrivals": {"kind": "all_at_once"}, "lengths": {"prompt_tokens": 1, "output_tokens": 1}, "count": 1},
         seed=seed,
     )
+    steps = outcome.records.steps
+    steps |= {name: np.zeros(len(steps["step"])) for name in ("flops", "bytes")}  # nobody priced them
     return Run(resolve(whole), outcome.records, {"label": "simulated"})
 
 
@@ -257,6 +260,7 @@ def drawn(loop: str) -> Run:
     """Sampled tokens, stop ids, log-probabilities; the pool is too small for all."""
     config = engine(loop=loop, chunked_prefill_size=16, clip_max_new_tokens=1)
     jobs: list[Any] = [Asked(i) for i in range(10)]
+    torch.set_num_threads(1)
     with tiny_device(160) as device:
         outcome = run(config, jobs, kv_tokens=160, device_of=runs_on(device, forced=False), prove=False)
     return as_run(outcome, 160)
@@ -284,6 +288,7 @@ def real_scenario(loop: str) -> Iterator[Scenario]:
 
 def real(loop: str) -> Run:
     """A model of random weights, greedy."""
+    torch.set_num_threads(1)
     with real_scenario(loop) as chosen, open_device(check_real(chosen), in_process=True) as device:
         return execute_on(device, chosen)
 
