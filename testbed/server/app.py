@@ -193,15 +193,18 @@ def build_app(api: Api, keys: Keys, service: Service) -> FastAPI:
     app = FastAPI(title="testbed", version=testbed.__version__, docs_url=None, redoc_url=None)
     schemas: dict[str, Any] = {}
     for route in api.routes():
+        endpoint, name = _guarded(route, keys), route.path.partition("{")[0].strip("/").replace("/", "_")
         app.add_api_route(
             route.path,
-            _guarded(route, keys),
-            methods=["GET", "HEAD"] if route.method == "GET" else ["POST"],
+            endpoint,
+            methods=[route.method],
             response_class=Response,
-            operation_id=f"{route.handler.__name__}{'_alias' if route.path == '/server_info' else ''}",
+            operation_id=f"{route.handler.__name__}_{name}",
             summary=route.handler.__doc__,
             openapi_extra=_documented(route, service, schemas),
         )
+        if route.method == "GET":
+            app.add_api_route(route.path, endpoint, methods=["HEAD"], include_in_schema=False)
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(Exception, _failed)
