@@ -46,7 +46,7 @@ OPERATORS_SHARE = 0.55
 """Of the time, for operators; the rest is for whole steps."""
 LONGEST_SHARE = 1 / 200
 """A shape that takes a larger share of its part of the time is the largest of its operator."""
-ROUNDS_MAX = 9
+ROUNDS_MAX = 21
 REPEATS_MAX = 5
 FILL_TOKENS = 512
 """A step that writes KV for the steps that are measured."""

@@ -120,23 +120,38 @@ def _elementwise(operators: Operators, lines: Mapping[str, Mapping[int, float]])
 
 
 def _prefill(by_operator: Mapping[str, Times]) -> dict[str, Any]:
-    whole = _grid(by_operator["prefill_attention"], "rows", "tokens", "batch", "length")
+    whole = _grid(by_operator["prefill_attention"], "rows", "tokens", "batch", "length", power=2)
     behind = by_operator.get("prefill_behind_prefix")
     if not behind:
         return whole
-    return whole | {"behind": _grid(behind, "prefix_tokens", "tokens", "prefix", "chunk")}
+    return whole | {"behind": _grid(behind, "prefix_tokens", "tokens", "prefix", "chunk", power=2)}
 
 
-def _grid(times: Times, row: str, column: str, row_name: str, column_name: str) -> dict[str, Any]:
-    """A table of two axes. A row ends at its first hole: large shapes may be missing."""
+def _grid(times: Times, row: str, column: str, row_name: str, column_name: str, power: float = 1.0) -> dict[str, Any]:
+    """A table of two axes. Large shapes may be missing: from its first hole on, a row goes on along the line through
+    its last two points, in the ``1 / power``-th power of the time. A row of one point says too little, but for the
+    first."""
     known = {(getattr(point, row), getattr(point, column)): time for point, time in times.items()}
     columns = sorted({c for _, c in known})
-    lines = {}
-    for r in sorted({r for r, _ in known}):
-        missing = next((i for i, c in enumerate(columns) if (r, c) not in known), len(columns))
-        if missing:
-            lines[r] = kept(known[r, c] for c in columns[:missing])
-    return {row_name: list(lines), column_name: columns, "ns": list(lines.values())}
+    rows = sorted({r for r, _ in known})
+    lines: dict[int, list[float]] = {}
+    for r in rows:
+        held = next((i for i, c in enumerate(columns) if (r, c) not in known), len(columns))
+        line = [known[r, c] ** (1 / power) for c in columns[:held]]
+        if held == 1 and len(columns) > 1 and not lines:
+            line += [line[0]]
+        if len(line) == len(columns) or len(line) > 1:
+            lines[r] = [y**power for y in _continued(columns, line)]
+    return {row_name: list(lines), column_name: columns, "ns": [kept(line) for line in lines.values()]}
+
+
+def _continued(xs: Sequence[int], ys: Sequence[float]) -> list[float]:
+    """``ys`` for all of ``xs``, by the line through its last two points; it does not fall."""
+    end = len(ys)
+    if end == len(xs):
+        return list(ys)
+    slope = max(0.0, (ys[-1] - ys[-2]) / (xs[end - 1] - xs[end - 2]))
+    return [*ys, *(ys[-1] + slope * (x - xs[end - 1]) for x in xs[end:])]
 
 
 def decode_skew(operators: Operators, times: Times) -> dict[str, Any] | None:

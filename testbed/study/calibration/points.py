@@ -153,10 +153,11 @@ def _prefill(limits: Limits, per_octave: float) -> Iterator[Point]:
     for batch, length in product((1, 3), amid(lengths)):
         if batch <= limits.rows:
             yield replace(base, rows=batch, tokens=length, held_out=True)
-    prefixes = axis(LEAST_CONTEXT, limits.context - 1, per_octave / 2)
-    for prefix, chunk in product(prefixes, lengths[::2]):
+    half = limits.context // 2  # so that all chunks fit behind all prefixes
+    prefixes, chunks = axis(LEAST_CONTEXT, half, per_octave / 2), axis(1, min(limits.tokens, half), per_octave / 2)
+    for prefix, chunk in product(prefixes, chunks):
         yield Point("prefill_behind_prefix", chunk, prefix_tokens=prefix)
-    for prefix, chunk in product(amid(prefixes), amid(lengths, 3)):
+    for prefix, chunk in product(amid(prefixes), amid(chunks)):
         yield Point("prefill_behind_prefix", chunk, prefix_tokens=prefix, held_out=True)
 
 
