@@ -130,6 +130,8 @@ def test_forced_calls_come_at_the_end() -> None:
     assert FORCED.parser().push(text) == Parsed()
     assert stream(FORCED, [text[:-1]]) == Parsed(text[:-1])
     assert stream(FORCED, ["[]"]) == Parsed("[]")
+    mixed = f'[{CALL}, {{"name": "nobody", "arguments": {{}}}}]'
+    assert stream(FORCED, [mixed]) == Parsed(mixed)
 
 
 def test_the_forcing_schema_takes_calls_and_nothing_else() -> None:
