@@ -120,7 +120,7 @@ def test_own_code_is_imported_only_when_asked_for(field: str, tmp_path: Path) ->
 
 def test_a_fault_of_own_code_is_told_as_such(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
-    sound = "from testbed.loops.normal import event_loop_normal as normal\n\nasync def mine(loop):\n    await normal(loop)\n"
+    sound = "from testbed.loops.normal import event_loop_normal as mine\n"
     file.write_text(sound, encoding="utf-8")
     recorded = simulated({}, f"{file}:mine")
     broken = tmp_path / "broken.py"
