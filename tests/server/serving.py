@@ -117,6 +117,23 @@ class Serving:
         finally:
             connection.close()
 
+    @contextmanager
+    def streaming(self, path: str, body: Any, *, wait: bool = True) -> Iterator[Any]:
+        """The reply to a POST, still to be read; the connection closes with the block. Without ``wait``: the
+        connection, on which nobody waits yet."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {USER_KEY}"}
+        try:
+            connection.request("POST", path, json.dumps(body), headers)
+            if not wait:
+                yield connection
+                return
+            with connection.getresponse() as reply:
+                assert reply.status == 200
+                yield reply
+        finally:
+            connection.close()
+
     def ask(self, method: str, path: str, body: Any = None, key: str = USER_KEY) -> Any:
         """The JSON of a reply with status 200."""
         status, _, data = self.request(method, path, body, key=key)

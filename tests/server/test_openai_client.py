@@ -158,9 +158,9 @@ def test_errors_are_the_packages_own_classes(client: openai.OpenAI, paced: Servi
         client.completions.create(model="gpt-9", prompt="x")
     with pytest.raises(openai.BadRequestError, match="context"):
         client.completions.create(model=MODEL, prompt="x", max_tokens=1_000_000)
-    with openai.OpenAI(base_url=f"{paced.url}/v1", api_key="wrong", max_retries=0) as stranger:
-        with pytest.raises(openai.AuthenticationError):
-            stranger.models.list()
+    stranger = openai.OpenAI(base_url=f"{paced.url}/v1", api_key="wrong", max_retries=0)
+    with stranger, pytest.raises(openai.AuthenticationError):
+        stranger.models.list()
     with pytest.raises(openai.NotFoundError, match="not supported"):
         client.embeddings.create(model=MODEL, input="x")
 
