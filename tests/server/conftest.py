@@ -14,9 +14,11 @@ from tests.server.serving import ADMIN_KEY, CONSTANT, USER_KEY, Serving, serving
 def paced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """A modelled server: two workers, both keys, small limits."""
     options = (*CONSTANT, "--set", "engine.kv_tokens=20000", "--set", "engine.max_running_requests=64")
-    limits = ("--max-queued", "192", "--limit", "n=8", "--limit", "body_bytes=100000", "--header-s", "2")
+    options += ("--set", "engine.max_queued_requests=150")
+    limits = ("--max-queued", "192", "--limit", "n=8", "--limit", "body_bytes=100000")
+    waits = ("--header-s", "2", "--write-s", "1")
     keys = ("--api-key", USER_KEY, "--admin-key", ADMIN_KEY)
-    with serving(tmp_path_factory.mktemp("paced"), *options, *limits, *keys, "--workers", "2") as server:
+    with serving(tmp_path_factory.mktemp("paced"), *options, *limits, *waits, *keys, "--workers", "2") as server:
         yield server
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import random
 from typing import Any
@@ -81,7 +82,8 @@ def test_nothing_is_left_of_clients_who_leave(paced: Serving) -> None:
 
 
 def test_more_than_the_queue_holds_is_turned_away_at_the_door(paced: Serving) -> None:
-    """64 may run and 192 wait: of 400 at once some are told to come again, and those taken in are served."""
+    """64 may run; 192 may wait by the door's count, 150 by the scheduler's. Of 400 at once some are told to come again,
+    and those taken in are served."""
 
     async def flood() -> list[tuple[int, str | None]]:
         params = {"max_new_tokens": 200, "ignore_eos": True}
@@ -107,3 +109,12 @@ def test_n_is_refused_before_anything_is_made_of_it(paced: Serving) -> None:
     for n in (9, 5_000_000, 10**30):
         status, _, data = paced.request("POST", "/v1/completions", {"prompt": "x", "n": n})
         assert status == 400 and json.loads(data)["error"]["param"] == "n"
+
+
+def test_a_client_that_does_not_read_is_cut_off(paced: Serving) -> None:
+    """Chunks of ``/generate`` have all text so far: soon they fill whatever lies between the two."""
+    body = {"text": "x", "stream": True, "sampling_params": {"max_new_tokens": 19_000, "ignore_eos": True}}
+    with paced.streaming("/generate", body) as reply:
+        paced.comes_to_rest()
+        with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+            reply.read()
