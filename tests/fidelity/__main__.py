@@ -7,6 +7,7 @@ otherwise. Profiles that were calibrated are kept under ``profiles/`` beside the
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -117,6 +118,7 @@ def source_of(target: Target, minutes: float, arguments: argparse.Namespace) -> 
         "host": f"calibrated in {minutes:g} minutes"
         + (f"; injected: {target.host_inject}" if target.host_inject else ""),
         "runs": f"requests are sent for {target.seconds:g} s; {REPEATS} real runs of each variant",
+        "priority": "ordinary" if os.sched_getscheduler(0) == os.SCHED_OTHER else "real-time: others use the cores",
         "date": datetime.now(UTC).date().isoformat(),
     }
 
