@@ -59,6 +59,8 @@ def serve(
     body_s: Annotated[float, typer.Option(min=0.1, help="For its body.")] = 30.0,
     idle_s: Annotated[float, typer.Option(min=0.1, help="For the next request on a connection.")] = 30.0,
     write_s: Annotated[float, typer.Option(min=0.1, help="For a client to take what is sent.")] = 30.0,
+    answer_s: Annotated[float, typer.Option(min=0.1, help="For the engine's answer to /health_generate.")] = 10.0,
+    header_bytes: Annotated[int, typer.Option(min=1024, help="Of a request's head.")] = 64 << 10,
     limit: Annotated[list[str] | None, MANY] = None,
 ) -> None:
     """Serve a model to OpenAI's and SGLang's clients; Ctrl-C or SIGTERM lets running requests end first."""
@@ -85,7 +87,8 @@ def serve(
         admin_key=admin_key,
         max_queued=max_queued,
         connections=connections,
-        waits=serving.Waits(header_s=header_s, body_s=body_s, idle_s=idle_s, write_s=write_s, drain_s=drain_s),
+        header_bytes=header_bytes,
+        waits=serving.Waits(header_s, body_s, idle_s, write_s, answer_s, drain_s),
         limits=serving.read_limits(limit or ()),
     )
     status = launch.serve(chosen, lambda line: print(line, flush=True))

@@ -36,6 +36,8 @@ class Invariants:
         self._scheduler = scheduler
         self.every_step = every_step
         self._ended: set[int] = set()
+        self._ended_below = 0
+        """Every request of a lower rank has ended; of the others, those in the set."""
         self._met = np.zeros(scheduler.memory.allocator.num_pages + 1, dtype=np.bool_)
         """Scratch of the full check, kept: a fresh one costs more than the check."""
         self.evaluations = {"pages": 0, "full": 0, "batch": 0, "ended_once": 0, "idle": 0}
@@ -68,8 +70,12 @@ class Invariants:
     def ended(self, request: Request) -> None:
         """Every request ends once."""
         self.evaluations["ended_once"] += 1
-        self._require(request.rank not in self._ended, "ended_once", f"request {request.rid} ended twice")
+        again = request.rank < self._ended_below or request.rank in self._ended
+        self._require(not again, "ended_once", f"request {request.rid} ended twice")
         self._ended.add(request.rank)
+        while self._ended_below in self._ended:
+            self._ended.remove(self._ended_below)
+            self._ended_below += 1
 
     # -- what -----------------------------------------------------------------------------------------------------
 

@@ -45,8 +45,10 @@ FormOf = Callable[[Asked], Form]
 class Service:
     """One worker's."""
 
-    def __init__(self, served: Served, tokenizer: Tokenizer, calls: Calls, waits: Waits) -> None:
+    def __init__(self, served: Served, tokenizer: Tokenizer, calls: Calls, waits: Waits, modelled: bool) -> None:
+        """``modelled``: nothing computes logits."""
         self.served, self.calls, self.waits = served, calls, waits
+        self._modelled = modelled
         self._tokenizer = tokenizer
         self._token_bytes = Vocabulary(tokenizer).token_bytes
         self.draining = False
@@ -67,7 +69,7 @@ class Service:
         self.calls.check_room(1)
         body = await self.read_body(request)
         call = await _aside(len(body), parse, body, self.served)
-        _refuse_grammars(call)
+        self._check_supported(call)
         prompts = await self._tokenised(call.generations)
         asked = self._asked(call, prompts, began_s)
         mailbox = self.calls.send([(choice.name, _request(choice, call.stream)) for choice in asked.choices])
@@ -78,6 +80,21 @@ class Service:
             reply.end()
             raise
         return reply
+
+    def _check_supported(self, call: Call) -> None:
+        """What the protocol can say and this server cannot do. Raises ApiError."""
+        if any(generation.grammar is not None for generation in call.generations):
+            message = (
+                "Grammars (response_format, json_schema, regex, ebnf, a forced tool_choice) are not supported yet."
+            )
+            raise ApiError(message, param="response_format", code="not_supported")
+        if any(generation.return_logprob for generation in call.generations):
+            if self._modelled:
+                message = "logprobs are not there: this server models a device, it computes no probabilities."
+                raise ApiError(message, param="logprobs", code="not_supported")
+            if call.stream and any(generation.echo for generation in call.generations):
+                message = "echo with logprobs cannot be streamed: the prompt's are known at the end only."
+                raise ApiError(message, param="echo", code="not_supported")
 
     async def probe(self) -> None:
         """Generate one token. Raises ApiError when none comes in time."""
@@ -254,12 +271,6 @@ async def _aside(size: int, function: Callable[..., Any], *arguments: Any) -> An
     if size <= INLINE_BYTES:
         return function(*arguments)
     return await asyncio.to_thread(function, *arguments)
-
-
-def _refuse_grammars(call: Call) -> None:
-    if any(generation.grammar is not None for generation in call.generations):
-        message = "Grammars (response_format, json_schema, regex, ebnf, a forced tool_choice) are not supported yet."
-        raise ApiError(message, param="response_format", code="not_supported")
 
 
 def _request(choice: Continuation, stream: bool) -> GenerateRequest:

@@ -64,7 +64,7 @@ async def _serve(part: Part) -> None:
     )
     calls = Calls(start.number, options.workers, start.folder, options.max_open(ready.max_running_requests))
     calls.listen()
-    service = Service(served, tokenizer, calls, options.waits)
+    service = Service(served, tokenizer, calls, options.waits, modelled=options.backend == "paced")
     keys = Keys(options.api_key, options.admin_key)
     server = HttpServer(_config(options, build_app(Api(service, start, keys), keys, service)))
     loop, told = asyncio.get_running_loop(), asyncio.Event()
