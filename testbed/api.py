@@ -397,24 +397,30 @@ def _run(
 ) -> Run:
     """Collect what the run leaves behind; every request that was sent has ended, each once, unless the run was
     interrupted. ``info``: the real device."""
-    scheduler, recorder = engine.scheduler, engine.recorder
     if not interrupted:
-        scheduler.on_idle()
+        engine.scheduler.on_idle()
         if traffic.open or len(traffic.sent) != traffic.ended:
             raise InvariantError("ended_once", f"{len(traffic.sent)} requests were sent, {traffic.ended} ended")
+    run = run_of(engine, traffic.sent, label, info)
+    if interrupted:
+        run.meta["interrupted"] = True
+        expected = engine.workload.expected_requests()
+        ended = f"{traffic.ended:,}" if expected is None else f"{traffic.ended:,} of {expected:,}"
+        run.meta["notes"].insert(0, f"interrupted: {ended} requests had ended, {traffic.open:,} were under way")
+    return run
+
+
+def run_of(engine: Engine, sent: dict[str, tuple[int, str, str]], label: str, info: DeviceInfo | None = None) -> Run:
+    """What an engine's recorder has kept until now. ``sent``: (arrival_ns, session, tenant) by request id, in order of
+    arrival. ``info``: the real device."""
+    scheduler, recorder = engine.scheduler, engine.recorder
     for name, count in scheduler.invariants.evaluations.items():
         recorder.count(f"check_{name}", count)
     recorder.count("steps", scheduler.steps)
     recorder.count("evicted_tokens", scheduler.cache.evicted_tokens_total)
-    records = recorder.records(traffic.sent, scheduler.decision_log.bytes())
+    records = recorder.records(sent, scheduler.decision_log.bytes())
     _price_work(engine, records.steps)
-    meta = _meta(engine, label, info)
-    if interrupted:
-        meta["interrupted"] = True
-        expected = engine.workload.expected_requests()
-        ended = f"{traffic.ended:,}" if expected is None else f"{traffic.ended:,} of {expected:,}"
-        meta["notes"].insert(0, f"interrupted: {ended} requests had ended, {traffic.open:,} were under way")
-    return Run(resolve(engine.scenario), records, meta)
+    return Run(resolve(engine.scenario), records, _meta(engine, label, info))
 
 
 def _price_work(engine: Engine, steps: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from testbed.cli import options
+from testbed.cli.folders import check_output, output_folder
 from testbed.scenario.errors import InputError
 
 
@@ -27,6 +28,14 @@ AdminKeyed = typer.Option(
     envvar="TESTBED_ADMIN_KEY", show_envvar=True, help="Opens the administrator's addresses.", show_default=False
 )
 MANY = typer.Option("--limit", metavar="NAME=NUMBER", help="What a request may ask for, e.g. n=8. May be repeated.")
+
+RECORD = typer.Option(
+    "--record",
+    "-o",
+    metavar="FOLDER",
+    help="Keep every request, step and message, and write a run folder at the end; new or empty.",
+    show_default=False,
+)
 
 
 def serve(
@@ -62,6 +71,7 @@ def serve(
     answer_s: Annotated[float, typer.Option(min=0.1, help="For the engine's answer to /health_generate.")] = 10.0,
     header_bytes: Annotated[int, typer.Option(min=1024, help="Of a request's head.")] = 64 << 10,
     limit: Annotated[list[str] | None, MANY] = None,
+    record: Annotated[Path | None, RECORD] = None,
 ) -> None:
     """Serve a model to OpenAI's and SGLang's clients; Ctrl-C or SIGTERM lets running requests end first."""
     with _needs_installing():
@@ -90,10 +100,25 @@ def serve(
         header_bytes=header_bytes,
         waits=serving.Waits(header_s, body_s, idle_s, write_s, answer_s, drain_s),
         limits=serving.read_limits(limit or ()),
+        record=_made(record),
+        command=_without_keys(sys.argv, (api_key, admin_key)),
     )
     status = launch.serve(chosen, lambda line: print(line, flush=True))
     if status:
         raise typer.Exit(status)
+
+
+def _made(record: Path | None) -> str:
+    """The folder, made now: not only once there is something to lose. Raises InputError."""
+    check_output(record, "name a new folder with --record")
+    return "" if record is None else str(output_folder(record, "serve").resolve())
+
+
+def _without_keys(arguments: Sequence[str], keys: Sequence[str]) -> str:
+    command = " ".join(arguments)
+    for key in filter(None, keys):
+        command = command.replace(key, "***")
+    return command
 
 
 @contextmanager

@@ -39,12 +39,14 @@ class SocketClients:
         expect: Callable[[GenerateRequest], None] = lambda request: None,
         forget: Callable[[str], None] = lambda rid: None,
         times_of: Callable[[str], Times | None] = lambda rid: None,
+        arrived: Callable[[str, int], None] = lambda rid, sent_ns: None,
     ) -> None:
         """``expect``, ``forget``: told of every request, and of its end by id (a modelled device wants to know how long
-        an output will be). ``times_of``: asked once, at the end."""
+        an output will be). ``times_of``: asked once, at the end. ``arrived``: told of every request's id, and when its
+        worker sent it (ns of ``clock``)."""
         self._clock, self._requests, self._outputs = clock, requests, outputs
         self._vocab_size = vocab_size
-        self._expect, self._forget, self._times_of = expect, forget, times_of
+        self._expect, self._forget, self._times_of, self._arrived = expect, forget, times_of, arrived
         self._open: dict[str, GenerateRequest] = {}
         """Requests that have not ended."""
         self._streamed: set[str] = set()
@@ -77,6 +79,7 @@ class SocketClients:
             if message.text is not None and (message.stream or message.text.stop):
                 self._streamed.add(message.rid)
             self._expect(message)
+            self._arrived(message.rid, question.sent_ns - self._clock.origin_ns)
         elif not isinstance(message, AbortRequest):  # its answer is the end of what it aborts
             self._asked[id(message)] = message, question.worker, question.number
         return message

@@ -54,11 +54,10 @@ class ForgetfulRecorder(Recorder):
 
     def ended(self, request: Request, outputs: int, sent_ns: int) -> None:
         """See Recorder."""
-        self._times[request.rid] = Times(
-            _since(request.queued_ns, request.first_scheduled_ns),
-            _since(request.queued_ns, request.first_token_ns),
-            _since(request.queued_ns, sent_ns),
-        )
+        self._times[request.rid] = times_of(request, sent_ns)
+
+    def arrived(self, rid: str, sent_ns: int) -> None:
+        """A worker has sent this request: the scheduler's own stamps are enough."""
 
     def times_of(self, rid: str) -> Times | None:
         """Of a request that has just ended."""
@@ -67,6 +66,15 @@ class ForgetfulRecorder(Recorder):
 
 def _no_span(span: tuple[int, int, int, int]) -> None:
     """Spans are for runs."""
+
+
+def times_of(request: Request, sent_ns: int) -> Times:
+    """Of a request whose end was sent at ``sent_ns``."""
+    return Times(
+        _since(request.queued_ns, request.first_scheduled_ns),
+        _since(request.queued_ns, request.first_token_ns),
+        _since(request.queued_ns, sent_ns),
+    )
 
 
 def _since(begin_ns: int, end_ns: int) -> int:

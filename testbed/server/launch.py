@@ -22,6 +22,8 @@ from testbed.server.options import ServeOptions
 
 DYING_S = 5.0
 """How long a part may take to end once it has closed its socket, or was told to when nothing is open."""
+SAVING_S = 600.0
+"""How long the scheduler may write its run, where it was recorded."""
 LATE_S = 5.0
 """How much later than its own deadline a worker may be done with its requests."""
 
@@ -162,7 +164,8 @@ class Server:
         workers, others = self._children[2:], self._children[:2]
         deadline = time.monotonic() + self._options.waits.drain_s + LATE_S
         self._end_in_order(workers, others, deadline)
-        self._end_in_order(others[:1], others[1:], time.monotonic() + DYING_S)
+        dying_s = SAVING_S if self._options.record else DYING_S
+        self._end_in_order(others[:1], others[1:], time.monotonic() + dying_s)
 
     def _end_in_order(self, first: list[Child], others: list[Child], deadline: float) -> None:
         """Ask ``first`` to end and wait until they have; ``others`` must go on meanwhile."""
@@ -203,12 +206,12 @@ def serve(options: ServeOptions, say: Callable[[str], None]) -> int:
         server = Server(options, listener, folder)
         try:
             with server.signals():
-                return _run(server, listener, say)
+                return _run(server, listener, options.record, say)
         finally:
             server.end()
 
 
-def _run(server: Server, listener: socket.socket, say: Callable[[str], None]) -> int:
+def _run(server: Server, listener: socket.socket, record: str, say: Callable[[str], None]) -> int:
     try:
         said = server.start()
     except Ended:
@@ -227,6 +230,8 @@ def _run(server: Server, listener: socket.socket, say: Callable[[str], None]) ->
     except Ended as told:
         say(f"{told} again: ended at once")
         return 128 + told.number
+    if record:
+        say(f"recorded in {record}")
     return 0
 
 

@@ -72,6 +72,10 @@ class ServeOptions(msgspec.Struct, frozen=True):
     """Open connections, of all workers together."""
     header_bytes: int = 64 << 10
     """Of a request's head."""
+    record: str = ""
+    """A folder for the run that the server was; empty: nothing is kept."""
+    command: str = ""
+    """What was typed, without keys."""
     waits: Waits = Waits()
     limits: Limits = Limits()
 

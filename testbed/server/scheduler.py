@@ -29,6 +29,7 @@ from testbed.server.forgetful import ForgetfulLog, ForgetfulRecorder
 from testbed.server.modelled import ModelledLengths
 from testbed.server.options import TINY, TINY_PRESET, ServeOptions
 from testbed.server.part import Part, run_part
+from testbed.server.recording import ServerRecorder
 
 OUTPUTS_AHEAD = 10_000
 """Messages (about steps) that the detokenizer may be behind before the loop waits for it: nothing is dropped."""
@@ -45,9 +46,10 @@ def serve(part: Part) -> None:
 
     part.watch(stop)
     with _opened(options, scenario) as device, zmq.Context() as context:
-        recorder = ForgetfulRecorder()
+        recorder = ServerRecorder() if options.record else ForgetfulRecorder()
         engine = build_engine(scenario, real=None if device is None else device.info, recorder=recorder)
-        engine.scheduler.decision_log = ForgetfulLog()
+        if not options.record:
+            engine.scheduler.decision_log = ForgetfulLog()
         requests, outputs = _sockets(context, folder)
         lengths = ModelledLengths(engine, options.tokenizer) if device is None else None
         clients = SocketClients(
@@ -58,6 +60,7 @@ def serve(part: Part) -> None:
             expect=lengths.expect if lengths else _nothing,
             forget=lengths.forget if lengths else _nothing,
             times_of=recorder.times_of,
+            arrived=recorder.arrived,
         )
         runtime = wall.WallRuntime(
             clock=clock,
@@ -72,6 +75,9 @@ def serve(part: Part) -> None:
         wall.run_to_the_end(engine.loop(LoopContext(engine.scheduler, runtime)))
         requests.close(0)
         outputs.close(0)
+        if isinstance(recorder, ServerRecorder):
+            info = None if device is None else device.info
+            recorder.run(engine, options.backend, info, options.command).save(options.record)
 
 
 def _nothing(what: GenerateRequest | str) -> None:

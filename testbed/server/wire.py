@@ -11,6 +11,7 @@ that asked, ``WORKER:ID``: the detokenizer knows by it whom to tell.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import msgspec
@@ -28,6 +29,8 @@ class Asked(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     number: int
     message: bytes
     """See ``testbed.messages.encode_message``."""
+    sent_ns: int
+    """By ``time.perf_counter_ns``, a clock that all processes share."""
 
 
 class Begin(msgspec.Struct, frozen=True, array_like=True):
@@ -199,7 +202,7 @@ decode_start = msgspec.msgpack.Decoder(Start).decode
 
 def asked(worker: int, number: int, message: Message) -> bytes:
     """An ``Asked``, encoded."""
-    return encode(Asked(worker, number, encode_message(message)))
+    return encode(Asked(worker, number, encode_message(message), time.perf_counter_ns()))
 
 
 def message_of(question: Asked) -> Message:
