@@ -89,6 +89,8 @@ class Batch:
     rewritten: Sequence[tuple[int, int]] = ()
     """(slot, pages): rows of the page table whose first pages are others now than at their last launch."""
     evicted_tokens = 0
+    has_grammar = False
+    """Whether a grammar says what may be drawn in some row. Its mask follows from the result before: sampling waits."""
     decodes_behind = False
     """Whether its prefills join the running batch in front of the decodes (SGLang's mixed batches)."""
     extra_rows = 0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -70,6 +70,14 @@ class TextOptions(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknow
     spaces_between_special_tokens: bool = True
 
 
+class GrammarSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the text of an output has to match."""
+
+    kind: Literal["json_object", "json_schema", "regex", "ebnf"]
+    text: str = ""
+    """Empty for ``json_object``: any JSON object."""
+
+
 class GenerateRequest(_Incoming, frozen=True):
     """Generate up to ``max_new_tokens`` after ``prompt``. The true output length is not here: the executor knows it."""
 
@@ -91,6 +99,8 @@ class GenerateRequest(_Incoming, frozen=True):
     """And of the prompt's tokens behind this position; -1: none."""
     text: TextOptions | None = None
     """None: nobody wants text."""
+    grammar: GrammarSpec | None = None
+    """The request waits until it is compiled. It says where the output ends: ``ignore_eos`` has no effect."""
 
 
 class BatchGenerateRequest(_Incoming, frozen=True):
@@ -104,6 +114,16 @@ class AbortRequest(_Incoming, frozen=True):
 
     rid: str = ""
     abort_all: bool = False
+
+
+class GrammarReady(_Incoming, frozen=True):
+    """A grammar is compiled; with an ``error`` it cannot be, and the request that waits for it ends."""
+
+    rank: Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+    """The request's order of arrival: ids are used again."""
+    error: str = ""
+    status: int = 400
+    """HTTP status of the error."""
 
 
 class FlushCache(_Incoming, frozen=True):
@@ -136,6 +156,7 @@ Message = (
     GenerateRequest
     | BatchGenerateRequest
     | AbortRequest
+    | GrammarReady
     | FlushCache
     | GetInternalState
     | SetInternalState

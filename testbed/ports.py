@@ -5,8 +5,11 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from testbed.batch import Batch, StepResult
-from testbed.messages import ControlOutput, Message, RequestOutput
+from testbed.messages import ControlOutput, GrammarSpec, Message, RequestOutput
 
 
 class Stage(IntEnum):
@@ -51,8 +54,8 @@ class Cpu(Protocol):
         """A stage of the loop ends here. In virtual time its modelled cost is added; on the wall clock a span closes.
 
         rows: requests in the batch (FINISH: that ended); new_tokens: prefill tokens in it; admitted: requests received
-        (RECEIVE), newly scheduled (SCHEDULE) or ended (PROCESS); waiting: length of the waiting queue when it was looked at, else 0; matched_tokens:
-        tokens matched in the prefix tree.
+        (RECEIVE), newly scheduled (SCHEDULE) or ended (PROCESS); waiting: length of the waiting queue when it was
+        looked at, else 0; matched_tokens: tokens matched in the prefix tree.
         """
         ...
 
@@ -64,8 +67,9 @@ class Cpu(Protocol):
 class Pending(Protocol):
     """A launched batch."""
 
-    def sample(self, masks: object) -> None:
-        """Second phase of a launch with ``defer_sampling``: sample with these masks."""
+    def sample(self, masks: NDArray[np.int32] | None) -> None:
+        """Second phase of a launch with ``defer_sampling``. ``masks``: int32 [rows, ceil(vocabulary / 32)]: bit i of
+        word w set: token 32 w + i is allowed; None: all are."""
         ...
 
     async def result(self) -> StepResult:
@@ -93,6 +97,27 @@ class Outbox(Protocol):
         ...
 
 
+class Grammars(Protocol):
+    """What outputs have to match, and how far each has come. Requests are named by their order of arrival."""
+
+    def compile(self, rank: int, spec: GrammarSpec) -> None:
+        """Prepare a request's grammar; returns at once, a ``GrammarReady`` message comes."""
+        ...
+
+    def masks(self, batch: Batch) -> NDArray[np.int32] | None:
+        """What may come next in each row of ``batch``: see ``Pending.sample``. A row without a grammar allows
+        everything; one whose grammar has failed, nothing. None: there is nothing to forbid."""
+        ...
+
+    def accept(self, rank: int, token_id: int) -> None:
+        """The request's output has this token now."""
+        ...
+
+    def forget(self, rank: int) -> None:
+        """The request has ended. No effect for one that is not known."""
+        ...
+
+
 class Ports(Protocol):
     """All of them, as a runtime hands them to a loop."""
 
@@ -104,3 +129,5 @@ class Ports(Protocol):
     def executor(self) -> Executor: ...  # noqa: D102
     @property
     def outbox(self) -> Outbox: ...  # noqa: D102
+    @property
+    def grammars(self) -> Grammars: ...  # noqa: D102

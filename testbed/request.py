@@ -39,11 +39,13 @@ class Request:
     __slots__ = (
         "arrival_ns",
         "cached_tokens",
+        "ended_by",
         "extra_key",
         "fill_ids",
         "finish_reason",
         "first_scheduled_ns",
         "first_token_ns",
+        "grammar",
         "ignore_eos",
         "in_running",
         "joined",
@@ -82,7 +84,8 @@ class Request:
         self.fill_ids = fill_ids
         self.prompt_tokens = len(fill_ids)
         self.max_new_tokens = max_new_tokens
-        self.ignore_eos = source.ignore_eos
+        self.grammar = source.grammar
+        self.ignore_eos = source.ignore_eos and source.grammar is None
         self.priority = source.priority
         self.extra_key = source.extra_key
         self.sampling = source.sampling
@@ -113,6 +116,8 @@ class Request:
         """Launched prefill chunks whose result has not been processed."""
 
         self.finish_reason: FinishReason | None = None
+        self.ended_by = NEVER
+        """The step whose token ended it; NEVER where it was something else."""
         self.message = ""
         self.status = 200
         self.output_ids = NO_TOKENS

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from testbed.batch import Batch
+from testbed.batch import Batch, StepResult
 from testbed.messages import BatchGenerateRequest, GenerateRequest, Message, Timer
-from testbed.ports import Cpu, Executor, Inbox, Outbox, Pending, Ports, Stage
+from testbed.ports import Cpu, Executor, Grammars, Inbox, Outbox, Pending, Ports, Stage
 from testbed.request import Request
+from testbed.scheduler.kept import kept_rows
 from testbed.scheduler.scheduler import Scheduler
 
 
@@ -18,8 +19,11 @@ class LoopContext:
         self.cpu: Cpu = ports.cpu
         self.executor: Executor = ports.executor
         self.outbox: Outbox = ports.outbox
+        self.grammars: Grammars = ports.grammars
         self.now_ns = 0
         """The stamp of this iteration: the only time that decisions may use."""
+        self._unsampled: tuple[Batch, Pending] | None = None
+        """The last launch, while its masks wait for the result of the one before."""
 
     async def recv_requests(self, block: bool) -> None:
         """Take in every message that has arrived; with ``block``, wait for one."""
@@ -29,6 +33,7 @@ class LoopContext:
         for message in messages:
             for output in self.scheduler.handle_message(self.now_ns, message):
                 self.outbox.send(output)
+        self._order_grammars()
 
     def get_next_batch_to_run(self) -> Batch | None:
         """The scheduler's decision."""
@@ -55,22 +60,62 @@ class LoopContext:
         return batch
 
     async def run_batch(self, batch: Batch) -> Pending:
-        """Launch; returns without waiting for the device."""
+        """Launch; returns without waiting for the device.
+
+        What a grammar allows next follows from the token before. So a batch with a grammar is launched without
+        sampling, which comes as a second phase: here, or where a launched batch before it has a grammar too, as soon
+        as that one's tokens are known (SGLang's delayed sampling). The loop's own thread does both, and never waits
+        for masks: there is always a result to process where masks are late, and no dummy batch needs to bring one.
+        """
         if self.scheduler.forward_sleep_ns:
             await self.cpu.sleep(self.scheduler.forward_sleep_ns)
-        return self.executor.launch(batch)
+        assert self._unsampled is None, "the masks of a launch are known before the next one"
+        pending = self.executor.launch(batch, batch.has_grammar)
+        if batch.has_grammar:
+            self._unsampled = batch, pending
+            if not any(before.has_grammar for before in self.scheduler.in_flight[:-1]):
+                self._sample()
+        return pending
+
+    def _sample(self) -> None:
+        """The second phase of the last launch."""
+        if self._unsampled is not None:
+            batch, pending = self._unsampled
+            self._unsampled = None
+            pending.sample(self.grammars.masks(batch))
 
     async def process_batch_result(self, batch: Batch, pending: Pending) -> None:
-        """Wait for the result, apply it, send the tokens and the ends."""
+        """Wait for the result, apply it, sample the batch that waits for it, send the tokens and the ends."""
         result = await pending.result()
         ended = self.scheduler.process_batch_result(batch, result)
         self.cpu.charge(Stage.PROCESS, len(result.token_ids), 0, len(ended))
+        if batch.has_grammar:
+            self._accept(batch, result)
+            self._sample()
         sent_ns = self.outbox.send_tokens(batch, result)
         self.scheduler.outputs_sent(batch, result, ended, sent_ns)
         if ended:
             for request in ended:
                 self.outbox.send(self.scheduler.output_of(request))
             self.cpu.charge(Stage.FINISH, len(ended))
+        self._order_grammars()
+
+    def _accept(self, batch: Batch, result: StepResult) -> None:
+        """Grammars move on by the tokens that were kept."""
+        for row, request in kept_rows(batch):
+            if request.grammar is not None and request.finish_reason is None:
+                self.grammars.accept(request.rank, int(result.token_ids[row]))
+
+    def _order_grammars(self) -> None:
+        """Let the grammars of new requests be compiled, and those of ended ones go."""
+        orders = self.scheduler.grammar_queue.orders
+        if orders:
+            for rank, spec in orders:
+                if spec is None:
+                    self.grammars.forget(rank)
+                else:
+                    self.grammars.compile(rank, spec)
+            orders.clear()
 
     def self_check_during_idle(self) -> None:
         """An iteration that found nothing to do."""
@@ -81,6 +126,7 @@ class LoopContext:
         for request in requests:
             self.scheduler.recorder.ended(request, len(request.output_ids), self.now_ns)
             self.outbox.send(self.scheduler.output_of(request))
+        self._order_grammars()
 
 
 def received_tokens(message: Message) -> int:

@@ -14,6 +14,8 @@ async def event_loop_overlap(loop: LoopContext) -> None:
     """While the device works on batch k, the host processes the result of k - 1, receives, and builds k + 1.
 
     The price: a request whose last token is in result k - 1 is in batch k already and decodes once more for nothing.
+    Where both have a grammar, batch k computes its logits meanwhile and is sampled once result k - 1 is processed
+    (see ``LoopContext.run_batch``).
     """
     result_queue: deque[tuple[Batch, Pending]] = deque()
     while True:

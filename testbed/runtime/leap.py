@@ -47,7 +47,7 @@ class Leaper:
         in_flight = scheduler.in_flight
         if scheduler.chunked is not None or running.finished_rows or scheduler.forward_sleep_ns or len(in_flight) > 1:
             return
-        if runtime.traffic.tied_to_iterations:
+        if runtime.traffic.tied_to_iterations or scheduler.grammar_queue.open:
             return
         if in_flight and (in_flight[0] is not last or runtime.last_result.stopped):
             return

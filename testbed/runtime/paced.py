@@ -2,33 +2,75 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+import numpy as np
+from numpy.typing import NDArray
+
 from testbed.batch import Batch, StepCost, StepResult
 from testbed.costs import CostModel
+from testbed.request import Request
 from testbed.runtime.modelled import device_time, price_batch
 from testbed.runtime.oracle import Oracle
 from testbed.runtime.wall import WallClock
 
 
 class PacedDevice:
-    """An in-order device that is a promise to be done at a known time; its tokens are the oracle's."""
+    """An in-order device that is a promise to be done at a known time; its tokens are the oracle's.
 
-    def __init__(self, clock: WallClock, cost_model: CostModel, oracle: Oracle) -> None:
+    Where a grammar forbids the oracle's token, another one is taken instead, and it is the grammar that ends the
+    request: with an end of sequence as soon as it allows one.
+    """
+
+    def __init__(
+        self, clock: WallClock, cost_model: CostModel, oracle: Oracle, eos_token_ids: Collection[int] = ()
+    ) -> None:
+        """``eos_token_ids``: the ends of sequence that grammars know."""
         self.clock = clock
         self.free_ns = 0
         """When the last launch will have ended."""
         self._cost_model = cost_model
         self._oracle = oracle
+        self._eos_token_ids = tuple(eos_token_ids)
 
     def work(self, batch: Batch, defer_sampling: bool) -> _PacedWork:
         """See wall.Device."""
-        return _PacedWork(self, price_batch(self._cost_model, batch), StepResult(*self._oracle.result(batch)))
+        return _PacedWork(self, batch, price_batch(self._cost_model, batch), StepResult(*self._oracle.result(batch)))
+
+    def within(self, masks: NDArray[np.int32], batch: Batch, result: StepResult) -> StepResult:
+        """``result`` with tokens that ``masks`` allow: int32 [rows, words]."""
+        token_ids, invalid = result.token_ids.copy(), []
+        requests = [*(prefill.request for prefill in batch.prefills), *batch.decodes]
+        stopped = [row for row in result.stopped if requests[row].grammar is None]
+        for row, request in enumerate(requests):
+            if request.grammar is not None:
+                token = self._allowed(masks[row], int(token_ids[row]))
+                token_ids[row] = max(token, 0)
+                if token < 0:
+                    invalid.append(row)
+                elif self._stops(request, token):
+                    stopped.append(row)
+        return result._replace(token_ids=token_ids, stopped=tuple(stopped), invalid=tuple(invalid))
+
+    def _allowed(self, mask: NDArray[np.int32], token: int) -> int:
+        """An end of sequence, the oracle's token, or one that follows from it: the first that ``mask`` allows; -1 if
+        there is none."""
+        for wanted in (*self._eos_token_ids, token):
+            if mask[wanted >> 5] >> (wanted & 31) & 1:
+                return wanted
+        allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+        return int(allowed[token % len(allowed)]) if len(allowed) else -1
+
+    def _stops(self, request: Request, token: int) -> bool:
+        return token in self._eos_token_ids or token in request.sampling.stop_token_ids
 
 
 class _PacedWork:
-    __slots__ = ("_device", "_result", "cost")
+    __slots__ = ("_batch", "_device", "_result", "cost")
 
-    def __init__(self, device: PacedDevice, cost: StepCost, result: StepResult) -> None:
+    def __init__(self, device: PacedDevice, batch: Batch, cost: StepCost, result: StepResult) -> None:
         self._device = device
+        self._batch = batch
         self._result = result
         self.cost: StepCost | None = cost
 
@@ -42,8 +84,13 @@ class _PacedWork:
         self._device.free_ns = end
         self._result = self._result._replace(launch_ns=begin_ns, start_ns=start, end_ns=end, graph=self.cost.graph)
 
-    def sample(self, masks: object) -> None:
-        """See wall.Work: the oracle does not sample."""
+    def sample(self, masks: NDArray[np.int32] | None) -> None:
+        """See wall.Work: the batch has not ended before it was sampled."""
+        device, result = self._device, self._result
+        device.free_ns = max(result.end_ns, device.clock.now_ns())
+        self._result = result._replace(end_ns=device.free_ns)
+        if masks is not None:
+            self._result = device.within(masks, self._batch, self._result)
 
     def wait(self) -> StepResult:
         """See wall.Work."""

@@ -104,9 +104,9 @@ class _RealWork:
         """See wall.Work."""
         self._launch_ns = begin_ns
 
-    def sample(self, masks: object) -> None:
-        """See wall.Work: ``masks`` is a bitmask, int32 [rows, words], or None."""
-        assert self._launched is not None and (masks is None or isinstance(masks, np.ndarray))
+    def sample(self, masks: NDArray[np.int32] | None) -> None:
+        """See wall.Work."""
+        assert self._launched is not None
         self._launched.sample(masks)
 
     def wait(self) -> StepResult:

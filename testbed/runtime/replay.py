@@ -17,7 +17,7 @@ from testbed.batch import Batch, BatchShape, StepLogprobs, StepResult
 from testbed.loops.base import LoopContext
 from testbed.loops.select import EventLoop
 from testbed.memory import OutOfPages
-from testbed.messages import ControlOutput, Message, RequestOutput
+from testbed.messages import ControlOutput, GrammarSpec, Message, RequestOutput
 from testbed.metrics.columns import ints
 from testbed.metrics.journal import Journal
 from testbed.metrics.records import Records
@@ -119,7 +119,7 @@ class ReplayRuntime:
     """The ports of one loop over a journal."""
 
     def __init__(self, scheduler: Scheduler, journal: Journal, records: Records, until_step: int | None) -> None:
-        self.inbox = self.cpu = self.executor = self.outbox = self
+        self.inbox = self.cpu = self.executor = self.outbox = self.grammars = self
         self.scheduler = scheduler
         self.journal = journal
         self.records = records
@@ -164,7 +164,8 @@ class ReplayRuntime:
         matched_tokens: int = 0,
     ) -> None:
         """See ports.Cpu: noted."""
-        step = self.launches if stage <= Stage.SAMPLE else self._processed - (stage == Stage.FINISH)
+        launched = stage < Stage.WAIT
+        step = self.launches - (stage == Stage.SAMPLE) if launched else self._processed - (stage == Stage.FINISH)
         self.work.extend((stage, step, rows, new_tokens, admitted, waiting, matched_tokens))
 
     async def sleep(self, duration_ns: int) -> None:
@@ -179,8 +180,9 @@ class ReplayRuntime:
         # As when the run was made: at its result a request may have lost the slot that the oracle looks at.
         token_ids = None if self.journal.keeps_tokens else self._oracle.result(batch)[0]
         self.charge(Stage.LAUNCH, batch.rows, sum(batch.shape.new_tokens))
-        self.charge(Stage.SAMPLE, batch.rows)
         self.launches += 1
+        if not defer_sampling:
+            self.charge(Stage.SAMPLE, batch.rows)
         return _Recorded(self, batch, token_ids)
 
     def _compare(self) -> None:
@@ -206,6 +208,20 @@ class ReplayRuntime:
         launch, start, end, graph = self._times[step]
         self.charge(Stage.WAIT, len(token_ids))
         return StepResult(token_ids, stopped, launch, start, end, bool(graph), logprobs, invalid)
+
+    # -- Grammars -----------------------------------------------------------------------------------------------------
+
+    def compile(self, rank: int, spec: GrammarSpec) -> None:
+        """See ports.Grammars: that it is ready is in the journal, when it was."""
+
+    def masks(self, batch: Batch) -> None:
+        """See ports.Grammars: the tokens are in the journal."""
+
+    def accept(self, rank: int, token_id: int) -> None:
+        """See ports.Grammars."""
+
+    def forget(self, rank: int) -> None:
+        """See ports.Grammars."""
 
     # -- Outbox -------------------------------------------------------------------------------------------------------
 
@@ -258,8 +274,9 @@ class _Recorded:
         self._batch = batch
         self._token_ids = token_ids
 
-    def sample(self, masks: object) -> None:
+    def sample(self, masks: NDArray[np.int32] | None) -> None:
         """See ports.Pending: the run has sampled."""
+        self._runtime.charge(Stage.SAMPLE, self._batch.rows)
 
     async def result(self) -> StepResult:
         """See ports.Pending."""

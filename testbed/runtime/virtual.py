@@ -12,12 +12,14 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any
 
+import numpy as np
 import simpy
+from numpy.typing import NDArray
 from simpy.events import URGENT
 
 from testbed.batch import Batch, StepResult
 from testbed.costs import CostModel, HostProfile
-from testbed.messages import ControlOutput, Message, RequestOutput
+from testbed.messages import ControlOutput, GrammarReady, GrammarSpec, Message, RequestOutput
 from testbed.metrics.recorder import Recorder
 from testbed.ports import Stage
 from testbed.runtime.modelled import Deadlock, device_time, price_batch
@@ -25,6 +27,8 @@ from testbed.runtime.oracle import FAR, Oracle
 from testbed.runtime.traffic import Traffic
 from testbed.workload.base import TimedRequest, Workload
 
+GRAMMAR_NS = 30_000_000
+"""From a grammar's arrival until it is compiled."""
 STANDSTILL = 10_000
 """Iterations at one instant, without a launch, after which a loop is said to spin."""
 
@@ -36,7 +40,7 @@ def wait(event: simpy.Event) -> Generator[simpy.Event, Any, Any]:
 
 
 class VirtualRuntime:
-    """The ports of one loop in virtual time: inbox, cpu, executor and outbox are this object."""
+    """The ports of one loop in virtual time: all of them are this object."""
 
     def __init__(
         self,
@@ -48,7 +52,7 @@ class VirtualRuntime:
         workload: Workload,
     ) -> None:
         self.env = simpy.Environment()
-        self.inbox = self.cpu = self.executor = self.outbox = self
+        self.inbox = self.cpu = self.executor = self.outbox = self.grammars = self
         self.traffic = Traffic(workload, oracle)
         self.cost_model = cost_model
         self.host = host
@@ -158,7 +162,8 @@ class VirtualRuntime:
         if cost_ns:
             begin = self.local_ns
             self.local_ns = end = begin + cost_ns
-            step = self.launches if stage < Stage.WAIT else self.processed - (stage == Stage.FINISH)
+            launched = stage < Stage.WAIT
+            step = self.launches - (stage == Stage.SAMPLE) if launched else self.processed - (stage == Stage.FINISH)
             self._span((stage, step, begin, end))
 
     def stage_price(self, stage: Stage, rows: int) -> int:
@@ -196,8 +201,9 @@ class VirtualRuntime:
         start, end = device_time(cost, begin, self.local_ns, self.device_free_ns)
         self.device_free_ns = end
         token_ids, stopped = self.oracle.result(batch)
-        self.charge(Stage.SAMPLE, len(token_ids))
         self.launches += 1
+        if not defer_sampling:
+            self.charge(Stage.SAMPLE, len(token_ids))
         self._last_launched = _Launched(self, StepResult(token_ids, stopped, begin, start, end, cost.graph))
         return self._last_launched
 
@@ -218,6 +224,21 @@ class VirtualRuntime:
         self.launches += steps
         self.processed += steps
         self.local_ns, self.device_free_ns = now_ns, device_free_ns
+
+    # -- Grammars ----------------------------------------------------------------------------------------------------
+
+    def compile(self, rank: int, spec: GrammarSpec) -> None:
+        """See ports.Grammars: takes ``GRAMMAR_NS``, whatever it is."""
+        self.post_at(self.local_ns + GRAMMAR_NS, GrammarReady(rank))
+
+    def masks(self, batch: Batch) -> None:
+        """See ports.Grammars: the oracle's tokens match nothing, and end when they would without a grammar."""
+
+    def accept(self, rank: int, token_id: int) -> None:
+        """See ports.Grammars."""
+
+    def forget(self, rank: int) -> None:
+        """See ports.Grammars."""
 
     # -- Outbox ------------------------------------------------------------------------------------------------------
 
@@ -243,8 +264,13 @@ class _Launched:
         self._runtime = runtime
         self.outcome = outcome
 
-    def sample(self, masks: object) -> None:
-        """See ports.Pending: the oracle does not sample."""
+    def sample(self, masks: NDArray[np.int32] | None) -> None:
+        """See ports.Pending: the batch has not ended before it was sampled."""
+        runtime, result = self._runtime, self.outcome
+        runtime.charge(Stage.SAMPLE, len(result.token_ids))
+        if result.end_ns < runtime.local_ns:
+            self.outcome = result._replace(end_ns=runtime.local_ns)
+            runtime.device_free_ns = runtime.local_ns
 
     async def result(self) -> StepResult:
         """See ports.Pending."""

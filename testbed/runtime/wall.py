@@ -16,11 +16,14 @@ from contextlib import contextmanager
 from heapq import heappop, heappush
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from testbed.batch import Batch, StepCost, StepResult
 from testbed.costs import HostProfile
-from testbed.messages import ControlOutput, Message, RequestOutput
+from testbed.messages import ControlOutput, GrammarReady, GrammarSpec, Message, RequestOutput
 from testbed.metrics.recorder import Recorder
-from testbed.ports import Stage
+from testbed.ports import Grammars, Inbox, Stage
 from testbed.runtime.modelled import Deadlock
 from testbed.runtime.oracle import FAR
 from testbed.runtime.traffic import Traffic
@@ -73,8 +76,8 @@ class Work(Protocol):
         """The launch took the host from ``begin_ns`` to ``end_ns``."""
         ...
 
-    def sample(self, masks: object) -> None:
-        """Second phase of a launch with deferred sampling."""
+    def sample(self, masks: NDArray[np.int32] | None) -> None:
+        """Second phase of a launch with deferred sampling: see ports.Pending."""
         ...
 
     def wait(self) -> StepResult:
@@ -185,10 +188,12 @@ class WallRuntime:
         recorder: Recorder,
         clients: Clients,
         inject: HostProfile | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         """``inject``: spin each stage of the loop until this profile's time is spent, to study a slower host than
-        ours."""
+        ours. ``grammars``: None: a request with one is refused."""
         self.inbox = self.cpu = self.executor = self.outbox = self
+        self.grammars = grammars or NoGrammars(self)
         self.clock = clock
         self.now_ns = clock.now_ns
         self._clients = clients
@@ -256,7 +261,8 @@ class WallRuntime:
         now = self.now_ns()
         while now < until:
             now = self.now_ns()
-        step = self._launches if stage <= Stage.SAMPLE else self._processed - (stage == Stage.FINISH)
+        launched = stage < Stage.WAIT
+        step = self._launches - (stage == Stage.SAMPLE) if launched else self._processed - (stage == Stage.FINISH)
         self._recorder.span((stage, step, self._mark_ns, now))
         self._mark_ns = now
 
@@ -279,9 +285,10 @@ class WallRuntime:
             least += self._inject.price(Stage.LAUNCH, batch.rows, new_tokens)
         self._close_span(Stage.LAUNCH, least)
         work.launched(begin, self._mark_ns)
-        self.charge(Stage.SAMPLE, batch.rows)
         self._launches += 1
-        return _Running(self, work)
+        if not defer_sampling:
+            self.charge(Stage.SAMPLE, batch.rows)
+        return _Running(self, work, batch.rows)
 
     def wait_for(self, work: Work) -> StepResult:
         """Wait until the device has ended a batch."""
@@ -307,19 +314,41 @@ class WallRuntime:
 class _Running:
     """A launched batch."""
 
-    __slots__ = ("_runtime", "_work")
+    __slots__ = ("_rows", "_runtime", "_work")
 
-    def __init__(self, runtime: WallRuntime, work: Work) -> None:
+    def __init__(self, runtime: WallRuntime, work: Work, rows: int) -> None:
         self._runtime = runtime
         self._work = work
+        self._rows = rows
 
-    def sample(self, masks: object) -> None:
-        """See ports.Pending."""
+    def sample(self, masks: NDArray[np.int32] | None) -> None:
+        """See ports.Pending. The span holds the making of the masks."""
         self._work.sample(masks)
+        self._runtime.charge(Stage.SAMPLE, self._rows)
 
     async def result(self) -> StepResult:
         """See ports.Pending."""
         return self._runtime.wait_for(self._work)
+
+
+class NoGrammars:
+    """Where none can be compiled."""
+
+    def __init__(self, inbox: Inbox) -> None:
+        self._inbox = inbox
+
+    def compile(self, rank: int, spec: GrammarSpec) -> None:
+        """See ports.Grammars."""
+        self._inbox.post_at(0, GrammarReady(rank, "this engine compiles no grammars"))
+
+    def masks(self, batch: Batch) -> None:
+        """See ports.Grammars."""
+
+    def accept(self, rank: int, token_id: int) -> None:
+        """See ports.Grammars."""
+
+    def forget(self, rank: int) -> None:
+        """See ports.Grammars."""
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from testbed.messages import (
     FlushCache,
     GenerateRequest,
     GetInternalState,
+    GrammarReady,
     Message,
     RequestOutput,
     SetInternalState,
@@ -50,6 +51,11 @@ def abort(scheduler: Scheduler, message: AbortRequest) -> Outputs:
     return [output for rid in rids for output in scheduler.abort(rid)]
 
 
+def grammar_ready(scheduler: Scheduler, message: GrammarReady) -> Outputs:
+    """Into the waiting queue, or ended with the grammar's error."""
+    return scheduler.grammar_ready(message)
+
+
 def flush_cache(scheduler: Scheduler, message: FlushCache) -> Outputs:
     """Empty the prefix cache if the engine is fully idle."""
     flushed = scheduler.flush_cache()
@@ -63,6 +69,7 @@ def get_internal_state(scheduler: Scheduler, message: GetInternalState) -> Outpu
     state: dict[str, int | float | str] = {
         "running": len(scheduler.running) - scheduler.running.finished_rows,
         "waiting": len(scheduler.waiting),
+        "compiling": len(scheduler.grammar_queue),
         "max_total_num_tokens": memory.allocator.capacity_tokens,
         "free_tokens": memory.allocator.available_tokens,
         "evictable_tokens": memory.cache.evictable_tokens,
@@ -105,6 +112,7 @@ HANDLERS: dict[type, Callable[[Scheduler, Any], Outputs]] = {
     GenerateRequest: generate,
     BatchGenerateRequest: batch_generate,
     AbortRequest: abort,
+    GrammarReady: grammar_ready,
     FlushCache: flush_cache,
     GetInternalState: get_internal_state,
     SetInternalState: set_internal_state,

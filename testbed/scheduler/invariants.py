@@ -144,9 +144,11 @@ class Invariants:
                 self._require(int(running.slots[row]) == request.slot, "full", f"{request.rid}: slot differs")
         waiting = {request.rank for request in scheduler.waiting}
         self._require(len(waiting) == len(scheduler.waiting), "full", "a request waits twice")
-        everybody = sorted(r.rank for r in holders) + sorted(waiting)
+        everybody = [*(r.rank for r in holders), *waiting, *scheduler.grammar_queue.compiling]
         self._require(sorted(everybody) == sorted(r.rank for r in scheduler.requests.values()), "full", "request lost")
         self._require(all(r.slot == NEVER for r in scheduler.waiting), "full", "a waiting request holds a slot")
+        asked = sum(request.grammar is not None for request in scheduler.requests.values())
+        self._require(asked == scheduler.grammar_queue.open, "full", "requests with a grammar miscounted")
         last = scheduler.last_batch
         joining = {prefill.request.rank for prefill in last.prefills} if last is not None else set()
         somewhere = all(r.in_running or r is scheduler.chunked or r.rank in joining for r in holders)

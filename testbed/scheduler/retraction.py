@@ -108,8 +108,13 @@ def _wait_again(scheduler: Scheduler, victims: list[Request]) -> None:
         waiting.extend(victims)
         return
     for request in victims:
-        later = (place for place, other in enumerate(waiting) if other.rank > request.rank)
-        waiting.insert(next(later, len(waiting)), request)
+        insert_by_arrival(waiting, request)
+
+
+def insert_by_arrival(waiting: list[Request], request: Request) -> None:
+    """Put a request in front of those that arrived after it."""
+    later = (place for place, other in enumerate(waiting) if other.rank > request.rank)
+    waiting.insert(next(later, len(waiting)), request)
 
 
 def _new_ratio(scheduler: Scheduler) -> None:
@@ -118,5 +123,3 @@ def _new_ratio(scheduler: Scheduler) -> None:
     most = sum(request.max_new_tokens for request in running.requests)
     ahead = RETRACT_DECODE_STEPS * len(running)
     scheduler.new_token_ratio = min(1.0, (generated + ahead) / most) if most else scheduler.ratio_init
-
-

@@ -15,7 +15,7 @@ import numpy as np
 from testbed.batch import Batch, BatchShape, ForwardMode, Prefill, StepResult
 from testbed.memory import KvMemory
 from testbed.memory.slots import slots_needed
-from testbed.messages import ControlOutput, GenerateRequest, Message, RequestOutput
+from testbed.messages import ControlOutput, GenerateRequest, GrammarReady, Message, RequestOutput
 from testbed.metrics.recorder import Recorder
 from testbed.request import NEVER, NO_TOKENS, FinishReason, Request
 from testbed.scenario.errors import InputError
@@ -24,10 +24,11 @@ from testbed.scheduler.admission import PrefillAdder, Verdict
 from testbed.scheduler.batching import STRATEGIES, BatchingStrategy
 from testbed.scheduler.decisions import DecisionLog
 from testbed.scheduler.dispatch import dispatch
+from testbed.scheduler.grammar_queue import GrammarQueue
 from testbed.scheduler.invariants import Invariants
 from testbed.scheduler.logprobs import keep_logprobs
 from testbed.scheduler.policies import CACHE_AWARE, POLICIES, Policy, fcfs, with_priority
-from testbed.scheduler.retraction import retract_decode
+from testbed.scheduler.retraction import insert_by_arrival, retract_decode
 from testbed.scheduler.running import RunningBatch
 
 Checks = Literal["delta", "full"]
@@ -67,6 +68,7 @@ class Scheduler:
         self.chunk_size = None if config.chunked_prefill_size == -1 else config.chunked_prefill_size
         self.running = RunningBatch(self.memory.slots, self.memory.allocator)
         self.waiting: list[Request] = []
+        self.grammar_queue = GrammarQueue()
         self.chunked: Request | None = None
         """The one request whose prompt is half computed."""
         self.last_batch: Batch | None = None
@@ -171,8 +173,24 @@ class Scheduler:
         request.queued_ns = self.now_ns
         self.received += 1
         self.requests[source.rid] = request
-        self.waiting.append(request)
+        if request.grammar is None:
+            self.waiting.append(request)
+        else:
+            self.grammar_queue.add(request)
         return []
+
+    def grammar_ready(self, ready: GrammarReady) -> list[RequestOutput | ControlOutput]:
+        """The request that waits for it may be scheduled, as if it had waited in the queue; or it ends. No effect when
+        it has been aborted meanwhile."""
+        request = self.grammar_queue.take(ready.rank)
+        if request is None:
+            return []
+        if not ready.error:
+            insert_by_arrival(self.waiting, request)
+            return []
+        self._end(request, FinishReason.ERROR, ready.error, ready.status)
+        self.recorder.ended(request, 0, self.now_ns)
+        return [self.output_of(request)]
 
     def _refusal(self, source: GenerateRequest) -> tuple[int, str] | None:
         """(status, reason) when a request cannot be served at all."""
@@ -188,12 +206,14 @@ class Scheduler:
         wrong = source.sampling.problem(self.vocab_size, source.max_new_tokens)
         if wrong is not None:
             return 400, wrong
+        if source.grammar is not None and source.sampling.min_new_tokens:
+            return 400, "min_new_tokens cannot be combined with a grammar, which says where the output ends"
         if source.logprob_start >= len(source.prompt) or source.logprob_start < -1:
             return 400, f"logprob_start is {source.logprob_start}; the prompt has {len(source.prompt)} tokens"
         if not 0 <= source.top_logprobs <= MOST_TOP_LOGPROBS:
             return 400, f"top_logprobs is {source.top_logprobs}; it must lie in [0, {MOST_TOP_LOGPROBS}]"
         queued = self.config.max_queued_requests
-        if queued is not None and len(self.waiting) + 1 > queued:
+        if queued is not None and len(self.waiting) + len(self.grammar_queue) + 1 > queued:
             return 503, "The request queue is full."
         return None
 
@@ -204,7 +224,8 @@ class Scheduler:
         if request is None:
             return []
         if request.slot == NEVER:
-            self.waiting.remove(request)
+            if self.grammar_queue.take(request.rank) is None:
+                self.waiting.remove(request)
             request.output_ids = request.fill_ids[request.prompt_tokens :]
         else:
             if request is self.chunked:
@@ -469,6 +490,9 @@ class Scheduler:
             self.cache.evictable_tokens,
         )
         batch.new_token_ratio = self.new_token_ratio
+        if self.grammar_queue.open:
+            drawing = [*(prefill.request for prefill in prefills if prefill.last), *batch.decodes]
+            batch.has_grammar = any(request.grammar is not None for request in drawing)
         self.in_flight.append(batch)
         self.decision_log.append(batch)
         self.invariants.after_decision(batch)
@@ -485,6 +509,7 @@ class Scheduler:
         ended, self.failed = self.failed, []
         if result.invalid:
             self._end_invalid(batch, result, ended)
+        ended_before = len(ended)
         if result.logprobs is not None:
             keep_logprobs(batch, result.logprobs)
         if batch.prefills:
@@ -493,6 +518,8 @@ class Scheduler:
             self._process_decodes(batch, result, ended)
         if self.memory.allocator.quarantined_pages:
             self.memory.allocator.reap(batch.index)
+        for request in ended[ended_before:]:
+            request.ended_by = batch.index
         if ended and self.in_flight:
             self.count_extra_rows(ended)
         return ended
@@ -538,7 +565,10 @@ class Scheduler:
                 request = batch.decodes[row - first]
                 dropped = not request.in_running
             if request.finish_reason is None and not dropped:
-                self._finish(request, FinishReason.ERROR, ended, "the model's logits leave no token to choose", 500)
+                why, status = "the model's logits leave no token to choose", 500
+                if request.grammar is not None:
+                    why, status = "the grammar and the model's logits leave no token to choose", 400
+                self._finish(request, FinishReason.ERROR, ended, why, status)
                 batch.extra_rows += row >= first
 
     def _finish(
@@ -579,6 +609,8 @@ class Scheduler:
         if request.in_running:
             self.running.finished_rows += 1
         self.requests.pop(request.rid, None)
+        if request.grammar is not None:
+            self.grammar_queue.ended(request)
         self.invariants.ended(request)
 
     def fail(self, request: Request, message: str, status: int) -> None:

@@ -18,6 +18,9 @@ def same(one: Outcome, other: Outcome) -> None:
         mine, theirs = getattr(one.records, column.name), getattr(other.records, column.name)
         if column.name == "counters":
             continue
+        if column.name == "journal":
+            assert [mine.stamps, mine.sent, mine.stopped] == [theirs.stamps, theirs.sent, theirs.stopped]
+            continue
         if not isinstance(mine, dict):
             assert np.array_equal(mine, theirs), column.name
             continue
