@@ -106,6 +106,8 @@ def test_ctrl_c_keeps_the_records_so_far(folder: Path) -> None:
     finish = np.asarray(run.records.requests["finish_ns"])
     assert 0 < (finish >= 0).sum() < 50_000
     assert not violations(run.records)
+    assert invoke(["replay", "out/normal"]) == OK
+
 
 def test_ctrl_c_while_the_model_loads(folder: Path) -> None:
     with Command("run", "one.yaml", cwd=folder) as command:
