@@ -235,7 +235,8 @@ def host_stages(run: Run) -> Figure:
         if which is not Stage.WAIT
     }
     parts = {name: values for name, values in parts.items() if values.any()}
-    _stack(axes, bins.centres_s, parts, dict(zip(parts, style.SERIES, strict=False)))
+    colours = (*style.SERIES, style.MUTED)  # one for each stage
+    _stack(axes, bins.centres_s, parts, dict(zip(parts, colours, strict=False)))
     axes.set(title="Host time per step by stage (us)", ylim=(0, None))
     style.legend_above(axes, 7)
     return _time_axis(figure, axes, run)

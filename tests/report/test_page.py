@@ -6,7 +6,9 @@ import pytest
 
 from testbed.metrics.laws import Cause
 from testbed.metrics.run import Run
+from testbed.ports import Stage
 from testbed.report import write_report
+from testbed.report.figures import host_stages
 from testbed.report.series import cause_shares, cumulative, held_mean, spread, time_bins
 from testbed.scenario.errors import InputError
 
@@ -169,6 +171,16 @@ def test_shares_fill_every_bin(make_run):
     shares = cause_shares(run, time_bins(run.records, 50))
     assert np.allclose(sum(shares.values()), 100)
     assert shares[Cause.HOST].sum() > 0
+
+
+def test_every_stage_of_the_host_has_a_colour_of_its_own(make_run):
+    run = make_run(100)
+    stages = run.records.spans["name"]
+    host = np.flatnonzero(run.records.spans["lane"] == 0)
+    stages[host] = np.arange(len(host)) % len(Stage)
+    (axes,) = host_stages(run).axes
+    colours = {tuple(part.get_facecolor()[0]) for part in axes.collections}
+    assert len(colours) == len(axes.collections) == len(Stage) - 1  # waiting for the device is left out
 
 
 def test_a_thinned_distribution_keeps_its_ends_and_middle():
