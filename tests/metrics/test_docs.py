@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from testbed.batch import ForwardMode
-from testbed.metrics.records import REQUEST_COLUMNS, SPAN_COLUMNS, STEP_COLUMNS
+from testbed.metrics.records import CLIENT_COLUMNS, REQUEST_COLUMNS, SPAN_COLUMNS, STEP_COLUMNS
 from testbed.ports import Stage
 
 TEXT = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
@@ -21,7 +21,7 @@ def test_the_example_reads_a_run_folder(run, tmp_path, monkeypatch, capsys):
     assert str(run.aggregates()["p99_ttft_ms"]) in printed and "decode" in printed and "receive" in printed
 
 
-@pytest.mark.parametrize("columns", [REQUEST_COLUMNS, STEP_COLUMNS, SPAN_COLUMNS], ids=["requests", "steps", "spans"])
+@pytest.mark.parametrize("columns", [REQUEST_COLUMNS, CLIENT_COLUMNS, STEP_COLUMNS, SPAN_COLUMNS])
 def test_every_column_is_documented(columns):
     assert all(f"| `{name}` | " in TEXT for name in columns)
 

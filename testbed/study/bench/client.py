@@ -11,7 +11,7 @@ import gc
 import resource
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +37,9 @@ PROGRESS_EVERY_NS = 500_000_000
 KEEPALIVE_S = 3.0
 """Idle connections are closed before the server does it: uvicorn waits 5 s, and a request that crosses with the
 server's closing is lost."""
-DRAIN_S = 1.0
-"""How long the end of the stream may come after the answer's; only then the connection can be used again."""
+REST_S = 5.0
+"""How long the rest of the stream may come after the answer's end: the count of tokens, and what lets the connection be
+used again."""
 COMPLAINT_BYTES = 4096
 """Of an answer that is an error, at most."""
 PAUSE_S, PAUSE_MAX_S = 1.0, 60.0
@@ -120,7 +121,7 @@ async def _model(server: Server, session: aiohttp.ClientSession) -> str:
     url = f"{server.base}/models"
     try:
         async with session.get(url, allow_redirects=False) as response:
-            body = await response.content.read(LARGE_BYTES)
+            body = await _read_body(response, LARGE_BYTES)
     except (aiohttp.ClientError, OSError) as error:
         remedy = "start one, or mend the address"
         raise InputError(f"no server answers: {error}", where=server.url, remedy=remedy) from None
@@ -129,7 +130,7 @@ async def _model(server: Server, session: aiohttp.ClientSession) -> str:
         raise InputError(f"HTTP {response.status}: {complaint(body)}", where=url, remedy=remedy)
     try:
         names = [one["id"] for one in msgspec.json.decode(body)["data"]]
-    except (ValueError, TypeError, LookupError):
+    except (ValueError, TypeError, LookupError, RecursionError):
         names = []
     if server.model:
         return server.model
@@ -203,7 +204,9 @@ class Driver:
         await self._exchange(timed, body)
 
     async def _until(self, when_ns: int) -> None:
-        await asyncio.sleep(max(when_ns - self._now_ns(), 0) / NS_PER_S)
+        await asyncio.sleep(0)  # the others' turn, also where everything is late
+        while (ahead_ns := when_ns - self._now_ns()) > 0:
+            await asyncio.sleep(ahead_ns / NS_PER_S)  # uvloop rounds to whole ms, also down
 
     async def _exchange(self, timed: TimedRequest, body: bytes) -> None:
         """One request from its sending to its end, and what its user sends next."""
@@ -252,28 +255,24 @@ class Driver:
             one.fail(lost, str(error) or type(error).__name__, self._now_ns())
 
     async def _read(self, one: Exchange, response: aiohttp.ClientResponse) -> None:
-        import aiohttp
-
         if response.status != 200:
             kind = Failure.REFUSED if response.status in (429, 503) else Failure.STATUS
             one.retry_after_s = _retry_after_s(response.headers)
-            body = await response.content.read(COMPLAINT_BYTES)
+            body = await _read_body(response, COMPLAINT_BYTES)
             one.fail(kind, f"HTTP {response.status}: {complaint(body)}", self._now_ns())
             return
         if response.content_type != "text/event-stream":
             one.fail(Failure.GARBAGE, f"the answer is {response.content_type}, not text/event-stream", self._now_ns())
             return
         events = EventStream()
-        async for received in response.content.iter_any():
-            now_ns = self._now_ns()
-            for data in events.feed(received):
-                one.take(data, now_ns)
-            if one.over:
-                break
+        async with asyncio.timeout(None) as rest:
+            async for received in response.content.iter_any():
+                now_ns = self._now_ns()
+                for data in events.feed(received):
+                    one.take(data, now_ns)
+                if one.ended and rest.when() is None:
+                    rest.reschedule(asyncio.get_running_loop().time() + REST_S)
         one.fail(Failure.BROKEN, "the stream ended before the answer", self._now_ns())
-        with suppress(aiohttp.ClientError, OSError):
-            async with asyncio.timeout(DRAIN_S):
-                await response.content.read()
 
     def _tell_progress(self) -> None:
         now_ns = self._now_ns()
@@ -283,6 +282,14 @@ class Driver:
         running = sum(one.started for one in self._open.values())
         ended, waiting = len(self._sent) - len(self._open), len(self._open) - running
         self._progress(now_ns, ended, running, waiting, self._workload.expected_requests())
+
+
+async def _read_body(response: aiohttp.ClientResponse, most_bytes: int) -> bytes:
+    """The body, or the beginning of a long one."""
+    try:
+        return await response.content.readexactly(most_bytes)
+    except asyncio.IncompleteReadError as whole:
+        return whole.partial
 
 
 def _retry_after_s(headers: Mapping[str, Any]) -> float | None:

@@ -48,6 +48,7 @@ class Exchange:
 
     __slots__ = (
         "_ids",
+        "_over",
         "_text",
         "chunk_ns",
         "chunk_tokens",
@@ -56,7 +57,6 @@ class Exchange:
         "finish_ns",
         "finish_reason",
         "message",
-        "over",
         "retry_after_s",
         "sent_ns",
         "status",
@@ -77,7 +77,7 @@ class Exchange:
         self.message = ""
         """What the failure says."""
         self.retry_after_s: float | None = None
-        self.over = False
+        self._over = False
         """Nothing that comes now belongs to the answer."""
         self.counted: Counted | None = None
         self.usage: Usage | None = None
@@ -89,6 +89,11 @@ class Exchange:
         """Their sum."""
         self._ids = array("i")
         self._text: list[str] = []
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has its answer, or will have none."""
+        return self.finish_ns != NEVER
 
     @property
     def started(self) -> bool:
@@ -111,17 +116,15 @@ class Exchange:
 
     def take(self, data: bytes, now_ns: int) -> None:
         """An event of the answer, received at ``now_ns``. Raises ValueError for what is none."""
-        if data == DONE:
-            self.over = True
+        self._over |= data == DONE
+        if self._over:
             return
         event = decode_event(data)
         if event.error is not None:
             self.fail(Failure.SERVER, complaint_of(event.error), now_ns)
-            self.over = True
-            return
         if event.usage is not None:
             self.usage = event.usage
-        if event.choices and self.finish_ns == NEVER:
+        if event.choices and not self.ended:
             self._take_choice(event.choices[0], event.usage, now_ns)
 
     def _take_choice(self, choice: Choice, usage: Usage | None, now_ns: int) -> None:
@@ -150,7 +153,7 @@ class Exchange:
 
     def fail(self, failure: Failure, message: str, now_ns: int) -> None:
         """It ended without a whole answer. An answer that is whole already stays so."""
-        if self.finish_ns != NEVER:
+        if self.ended:
             return
         self.failure, self.message, self.finish_ns = failure, message, now_ns
         self.finish_reason = FinishReason.ABORT if failure is Failure.ABORTED else FinishReason.ERROR

@@ -76,7 +76,7 @@ def bench_records(exchanges: Sequence[Exchange]) -> Records:
 
 def _row(one: Exchange, times_ns: NDArray[np.int64]) -> dict[str, Any]:
     """A request's columns. From outside, waiting and prefill are one."""
-    timed, usage, ended = one.timed, one.usage, one.finish_ns != NEVER
+    timed, usage, ended = one.timed, one.usage, one.ended
     request = timed.request
     prompt = usage.prompt_tokens if usage is not None else None
     details = usage.prompt_tokens_details if usage is not None else None
@@ -119,7 +119,7 @@ def _column(name: str, values: list[Any]) -> Column:
 def _interrupted(engine: api.Engine, driven: Driven) -> list[str]:
     if not driven.interrupted:
         return []
-    ended = sum(one.finish_ns != NEVER for one in driven.exchanges)
+    ended = sum(one.ended for one in driven.exchanges)
     expected = engine.workload.expected_requests()
     of_all = f"{ended:,}" if expected is None else f"{ended:,} of {expected:,}"
     return [f"interrupted: {of_all} requests had ended, {len(driven.exchanges) - ended:,} were under way"]
@@ -153,7 +153,7 @@ def _slow_driver(exchanges: Sequence[Exchange], cpu: float) -> list[str]:
 
 def _counting(exchanges: Sequence[Exchange], as_text: bool) -> list[str]:
     """How tokens were counted where the server did not tell, and where it tells something else than was asked for."""
-    whole = [one for one in exchanges if one.finish_reason and one.failure is None]
+    whole = [one for one in exchanges if one.ended and one.failure is None]
     untold = sum(one.counted is Counted.CHUNKS and not (one.usage and one.usage.completion_tokens) for one in whole)
     spread = sum(one.spread for one in whole)
     other = sum(one.output_tokens != one.timed.output_tokens for one in whole)

@@ -174,8 +174,15 @@ class Event(msgspec.Struct):
     error: Any = None
 
 
-decode_event = msgspec.json.Decoder(Event).decode
-"""Raises ValueError for what is no chunk."""
+_decoder = msgspec.json.Decoder(Event)
+
+
+def decode_event(data: bytes) -> Event:
+    """The chunk in ``data``. Raises ValueError for what is none."""
+    try:
+        return _decoder.decode(data)
+    except RecursionError:
+        raise ValueError("JSON is nested too deeply") from None
 
 
 class EventStream:
@@ -206,7 +213,7 @@ def complaint(body: bytes) -> str:
     """What a server says is wrong, in at most 300 characters: OpenAI's ``error.message`` where there is one."""
     try:
         told = msgspec.json.decode(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         told = body.decode("utf-8", "replace")
     return complaint_of(told)
 
