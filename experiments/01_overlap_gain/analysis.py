@@ -109,7 +109,8 @@ def host_and_device_ms(scenario, batch: int) -> tuple[float, float, float]:
     """(c, g, the part of c after the launch) of a decode step, ms."""
     host = build_host_profile(scenario)
     cost = build_cost_model(scenario).price_decode(batch, batch * CONTEXT, CONTEXT)
-    c_ns = sum(host.price(stage, batch) for stage in Stage) + host.launch_ns(cost.kernels, cost.graph)
+    stages = (stage for stage in Stage if stage is not Stage.FINISH)  # nothing ends in such a step
+    c_ns = sum(host.price(stage, batch) for stage in stages) + host.launch_ns(cost.kernels, cost.graph)
     return c_ns / MS, cost.gpu_ns / MS, host.price(Stage.SAMPLE, batch) / MS
 
 

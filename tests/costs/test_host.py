@@ -16,7 +16,8 @@ KERNELS = 360
 
 
 def step_us(host: HostProfile, rows: int, kernels: int = KERNELS) -> float:
-    return (sum(host.price(stage, rows=rows) for stage in Stage) + host.launch_ns(kernels, graph=True)) / 1e3
+    stages = [stage for stage in Stage if stage is not Stage.FINISH]  # nothing ends
+    return (sum(host.price(stage, rows=rows) for stage in stages) + host.launch_ns(kernels, graph=True)) / 1e3
 
 
 @pytest.mark.parametrize(
@@ -80,8 +81,8 @@ def test_cpu_speed_scales_everything() -> None:
 
 def test_guesses_are_named_with_values() -> None:
     assert any(line.startswith("stages.prepare.fixed = 250 us") for line in load_host("sglang-0.5").guesses())
-    ours = load_host("testbed")
-    assert len(ours.guesses()) == len(ours.parameters), "nothing of our own host is measured yet"
+    guessed = {line.split(".")[1] for line in load_host("testbed").guesses() if line.startswith("stages.")}
+    assert guessed == {"launch", "sample", "wait"}, "of our own host, what a GPU adds is not measured yet"
 
 
 def test_our_host_is_leaner() -> None:
@@ -100,7 +101,9 @@ def test_no_argument_makes_a_stage_cheaper(
 ) -> None:
     host = load_host(name)
     larger = [size + (more if i == which else 0) for i, size in enumerate(sizes)]
-    assert 0 <= host.price(stage, *sizes) <= host.price(stage, *larger)
+    kinds = {bool(new_tokens or admitted) for _, new_tokens, admitted, _, _ in (sizes, larger)}
+    assert 0 <= host.price(stage, *sizes)
+    assert len(kinds) > 1 or host.price(stage, *sizes) <= host.price(stage, *larger)  # a kind of step has its own line
 
 
 def write(path: Path, text: str) -> Path:
