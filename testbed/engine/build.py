@@ -47,6 +47,9 @@ class LocalDevice:
         """See device.Device."""
         return self.runner.launch(inputs)
 
+    def check(self) -> None:
+        """See device.Device: it is this process."""
+
     def close(self) -> None:
         """See device.Device. A runner and its graphs refer to one another, so only the collector frees them; the next
         device in this process finds the memory that it measures."""

@@ -52,6 +52,10 @@ class Device(Protocol):
         """Returns before the step is computed. Raises DeviceLost."""
         ...
 
+    def check(self) -> None:
+        """Raises DeviceLost where the device is seen to be gone without asking it for anything."""
+        ...
+
     def close(self) -> None:
         """Give back what it holds; a second call has no effect."""
         ...

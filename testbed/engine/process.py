@@ -101,6 +101,11 @@ class ProcessDevice:
         except subprocess.TimeoutExpired:
             return DeviceLost("its process (a CPU worker) answers no more")
 
+    def check(self) -> None:
+        """See device.Device."""
+        if self._process.poll() is not None:
+            raise self._lost()
+
     def close(self) -> None:
         """End the worker, whatever it does: it holds nothing that could be lost. A second call has no effect."""
         if not self._connection.closed:

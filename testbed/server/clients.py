@@ -40,13 +40,16 @@ class SocketClients:
         forget: Callable[[str], None] = lambda rid: None,
         times_of: Callable[[str], Times | None] = lambda rid: None,
         arrived: Callable[[str, int], None] = lambda rid, sent_ns: None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         """``expect``, ``forget``: told of every request, and of its end by id (a modelled device wants to know how long
         an output will be). ``times_of``: asked once, at the end. ``arrived``: told of every request's id, and when its
-        worker sent it (ns of ``clock``)."""
+        worker sent it (ns of ``clock``). ``check``: called now and then while there is nothing to do; raises what
+        ends the loop."""
         self._clock, self._requests, self._outputs = clock, requests, outputs
         self._vocab_size = vocab_size
         self._expect, self._forget, self._times_of, self._arrived = expect, forget, times_of, arrived
+        self._check = check
         self._open: dict[str, GenerateRequest] = {}
         """Requests that have not ended."""
         self._streamed: set[str] = set()
@@ -94,6 +97,7 @@ class SocketClients:
                 return
             if until_ns is not None and self._clock.now_ns() >= until_ns:
                 return
+            self._check()
 
     # -- what they hear -----------------------------------------------------------------------------------------------
 

@@ -61,6 +61,7 @@ def serve(part: Part) -> None:
             forget=lengths.forget if lengths else _nothing,
             times_of=recorder.times_of,
             arrived=recorder.arrived,
+            check=device.check if device else _no_check,
         )
         runtime = wall.WallRuntime(
             clock=clock,
@@ -82,6 +83,10 @@ def serve(part: Part) -> None:
 
 def _nothing(what: GenerateRequest | str) -> None:
     """A real device learns of an output's end by computing it."""
+
+
+def _no_check() -> None:
+    """A modelled device is not lost."""
 
 
 def _scenario(options: ServeOptions, folder: str) -> Scenario:

@@ -43,6 +43,24 @@ def test_a_killed_part_ends_the_server_with_its_name(tmp_path: Path, part: str) 
     assert not list(tmp_path.glob("testbed-serve-*"))
 
 
+def test_a_device_that_is_lost_ends_the_server_though_nobody_asks_for_anything(tmp_path: Path) -> None:
+    """The engine on a CPU computes in a process of its own, a child of the scheduler's."""
+    server = Serving((), tmp_path)
+    try:
+        server.listening()
+        pids = descendants(server.process.pid)
+        engines = [pid for pid in pids if b"testbed.engine.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        assert len(pids) == 4 and len(engines) == 1
+        os.kill(engines[0], signal.SIGKILL)
+        assert server.ended() == 2
+        assert "the device is lost" in server.errors and "was killed by SIGKILL" in server.errors
+        assert "Traceback" not in server.errors
+    finally:
+        server.end()
+    wait_gone(pids)
+    assert not list(tmp_path.glob("testbed-serve-*"))
+
+
 def test_parts_end_with_their_parent(tmp_path: Path) -> None:
     server = Serving((*CONSTANT, *SMALL, "--workers", "2"), tmp_path)
     try:
