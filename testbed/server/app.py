@@ -152,6 +152,7 @@ class Api:
             "workers": options.workers,
             "limits": msgspec.to_builtins(options.limits),
             "scenario": msgspec.json.decode(options.scenario),
+            "worker": self._service.state(),
         }
         state = (await self._ask(GetInternalState())).state
         return _json(native.server_info(settings, state, testbed.__version__))
@@ -301,7 +302,7 @@ def _reply_content(route: Route) -> dict[str, Any]:
         return {"text/plain": {"schema": {"type": "string"}}}
     content: dict[str, Any] = {"application/json": {"schema": {}}}
     if route.body is not None:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": {}}  # of what each event is, OpenAPI 3.1 has no word
     return content
 
 

@@ -59,7 +59,7 @@ class Calls:
 
     def __init__(self, number: int, workers: int, folder: str, max_open: int) -> None:
         """``number``: this worker's, of ``workers``. ``max_open``: requests that it may have open."""
-        self._number, self._workers = number, workers
+        self.number, self._workers = number, workers
         self._max_open = max_open
         self._open: dict[str, tuple[str, Mailbox]] = {}
         """(name, where replies go) of requests that have not ended, by id; also of those whose clients are gone."""
@@ -115,7 +115,7 @@ class Calls:
 
     def rid(self, name: str, choice: int) -> str:
         """The scheduler's id of a choice of the request that its client knows by ``name``."""
-        return f"{self._number}:{name}" if choice == 0 else f"{self._number}:{name}:{choice}"
+        return f"{self.number}:{name}" if choice == 0 else f"{self.number}:{name}:{choice}"
 
     def send(self, requests: Sequence[tuple[str, GenerateRequest]]) -> Mailbox:
         """Open requests, each under its client's name for it. Raises ApiError when there are too many, or a name is
@@ -143,7 +143,7 @@ class Calls:
             self.abandon(list(self._named[name]))
             return
         for worker in range(self._workers):
-            if worker != self._number:
+            if worker != self.number:
                 self._say(AbortRequest(f"{worker}:{name}"))
 
     def abort_all(self) -> None:
@@ -159,7 +159,7 @@ class Calls:
         self._asked += 1
         number = self._asked
         waiting = self._answers[number] = asyncio.get_running_loop().create_future()
-        self._requests.send(wire.asked(self._number, number, message))
+        self._requests.send(wire.asked(self.number, number, message))
         try:
             async with asyncio.timeout(within_s):
                 answer: Answer = await waiting
@@ -172,4 +172,4 @@ class Calls:
         self._context.destroy(0)
 
     def _say(self, message: Message) -> None:
-        self._requests.send(wire.asked(self._number, 0, message))
+        self._requests.send(wire.asked(self.number, 0, message))

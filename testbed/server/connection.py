@@ -19,6 +19,22 @@ class HeadTooLarge(Exception):
     """The head of a request is longer than allowed."""
 
 
+class OpenTransport:
+    """A transport to whose other end nothing is sent once it is closing: uvloop's raises then, and uvicorn hears of a
+    connection's end only a moment later."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+
+    def write(self, data: bytes) -> None:
+        """See asyncio.Transport."""
+        if not self._transport.is_closing():
+            self._transport.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
 class ClientConnection(HttpToolsProtocol):
     """One connection."""
 
@@ -36,7 +52,7 @@ class ClientConnection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See asyncio.Protocol."""
-        super().connection_made(transport)
+        super().connection_made(OpenTransport(transport))  # type: ignore[arg-type]
         if len(self.connections) > self._connections_max:
             error = ApiError("Too many connections; try again later.", status=503, retry_after_s=1)
             self._refuse(b"503 Service Unavailable", error)

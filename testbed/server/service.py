@@ -62,6 +62,16 @@ class Service:
             message = "The server is about to end; ask another one."
             raise ApiError(message, status=503, code="draining", retry_after_s=RETRY_AFTER_S)
 
+    def state(self) -> dict[str, int]:
+        """What is open in this process: requests that were not replied to, those that the scheduler has not ended, and
+        tasks of the event loop."""
+        return {
+            "number": self.calls.number,
+            "busy": self.busy,
+            "open_requests": self.calls.open,
+            "tasks": len(asyncio.all_tasks()),
+        }
+
     async def generate(self, request: Request, parse: Parse, form_of: FormOf) -> Response:
         """The reply to a request, as one piece or as a stream. Raises ApiError."""
         began_s = time.monotonic()
@@ -222,6 +232,7 @@ class Reply(Response):
             pass
         except TimeoutError:
             scope[CUT]()
+            await self._watch  # uvicorn is to know that the client is gone before it misses the rest of the reply
         finally:
             self.end()
 
