@@ -39,7 +39,6 @@ class Request:
     __slots__ = (
         "arrival_ns",
         "cached_tokens",
-        "ended_by",
         "extra_key",
         "fill_ids",
         "finish_reason",
@@ -116,8 +115,6 @@ class Request:
         """Launched prefill chunks whose result has not been processed."""
 
         self.finish_reason: FinishReason | None = None
-        self.ended_by = NEVER
-        """The step whose token ended it; NEVER where it was something else."""
         self.message = ""
         self.status = 200
         self.output_ids = NO_TOKENS

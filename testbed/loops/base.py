@@ -6,7 +6,7 @@ from testbed.batch import Batch, StepResult
 from testbed.messages import BatchGenerateRequest, GenerateRequest, Message, Timer
 from testbed.ports import Cpu, Executor, Grammars, Inbox, Outbox, Pending, Ports, Stage
 from testbed.request import Request
-from testbed.scheduler.kept import kept_rows
+from testbed.scheduler.open_rows import open_rows
 from testbed.scheduler.scheduler import Scheduler
 
 
@@ -101,9 +101,9 @@ class LoopContext:
         self._order_grammars()
 
     def _accept(self, batch: Batch, result: StepResult) -> None:
-        """Grammars move on by the tokens that were kept."""
-        for row, request in kept_rows(batch):
-            if request.grammar is not None and request.finish_reason is None:
+        """Grammars move on by what was drawn."""
+        for row, request in open_rows(batch):
+            if request.grammar is not None:
                 self.grammars.accept(request.rank, int(result.token_ids[row]))
 
     def _order_grammars(self) -> None:

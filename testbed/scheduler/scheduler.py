@@ -509,7 +509,6 @@ class Scheduler:
         ended, self.failed = self.failed, []
         if result.invalid:
             self._end_invalid(batch, result, ended)
-        ended_before = len(ended)
         if result.logprobs is not None:
             keep_logprobs(batch, result.logprobs)
         if batch.prefills:
@@ -518,8 +517,6 @@ class Scheduler:
             self._process_decodes(batch, result, ended)
         if self.memory.allocator.quarantined_pages:
             self.memory.allocator.reap(batch.index)
-        for request in ended[ended_before:]:
-            request.ended_by = batch.index
         if ended and self.in_flight:
             self.count_extra_rows(ended)
         return ended

@@ -13,6 +13,7 @@ from testbed.batch import Batch, StepLogprobs, StepResult
 from testbed.messages import AbortRequest, ControlOutput, GenerateRequest, Logprobs, Message, RequestOutput
 from testbed.request import Request
 from testbed.runtime.wall import WallClock
+from testbed.scheduler.open_rows import open_rows
 from testbed.server import wire
 from testbed.server.detokenize import PROMPT_TAIL_TOKENS
 from testbed.server.wire import Answer, Begin, Ended, RowLogprobs, StepTokens, Times
@@ -102,12 +103,13 @@ class SocketClients:
     # -- what they hear -----------------------------------------------------------------------------------------------
 
     def tokens(self, batch: Batch, result: StepResult) -> None:
-        """See wall.Clients: the tokens of this step that count, of requests that stream."""
+        """See wall.Clients: of requests that stream and go on. An end that follows tells of its token too."""
         if not self._streamed:
             return
-        rows, requests = self._rows_that_count(batch)
-        if not rows:
+        found_rows = [(row, request) for row, request in open_rows(batch) if request.rid in self._streamed]
+        if not found_rows:
             return
+        rows, requests = zip(*found_rows, strict=True)
         begins = [self._begin(request.rid) for request in requests if request.rid not in self._begun]
         found: dict[int, RowLogprobs] = {}
         if result.logprobs is not None:
@@ -115,24 +117,8 @@ class SocketClients:
                 if request.logprobs is not None:
                     found[place] = _row_logprobs(result.logprobs, row, request)
         rids = [request.rid for request in requests]
-        self._outputs.send(wire.encode(StepTokens(begins, rids, wire.pack_ids(result.token_ids[rows]), found)))
-
-    def _rows_that_count(self, batch: Batch) -> tuple[list[int], list[Request]]:
-        """Not those of requests that were retracted since the launch, nor of those that have ended: the end that
-        follows tells of its token too."""
-        streamed = self._streamed
-        rows: list[int] = []
-        requests: list[Request] = []
-        for row, (request, _, _, last) in enumerate(batch.prefills):
-            sampled = last and request.sampled and not request.pending_prefills
-            if sampled and request.finish_reason is None and request.rid in streamed:
-                rows.append(row)
-                requests.append(request)
-        for row, request in enumerate(batch.decodes, len(batch.prefills)):
-            if request.in_running and request.finish_reason is None and request.rid in streamed:
-                rows.append(row)
-                requests.append(request)
-        return rows, requests
+        token_ids = wire.pack_ids(result.token_ids[list(rows)])
+        self._outputs.send(wire.encode(StepTokens(begins, rids, token_ids, found)))
 
     def _begin(self, rid: str) -> Begin:
         self._begun.add(rid)
