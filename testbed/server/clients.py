@@ -10,7 +10,15 @@ import zmq
 from numpy.typing import NDArray
 
 from testbed.batch import Batch, StepLogprobs, StepResult
-from testbed.messages import AbortRequest, ControlOutput, GenerateRequest, Logprobs, Message, RequestOutput
+from testbed.messages import (
+    AbortRequest,
+    ControlOutput,
+    GenerateRequest,
+    GrammarReady,
+    Logprobs,
+    Message,
+    RequestOutput,
+)
 from testbed.request import Request
 from testbed.runtime.wall import WallClock
 from testbed.scheduler.open_rows import open_rows
@@ -84,7 +92,7 @@ class SocketClients:
                 self._streamed.add(message.rid)
             self._expect(message)
             self._arrived(message.rid, question.sent_ns - self._clock.origin_ns)
-        elif not isinstance(message, AbortRequest):  # its answer is the end of what it aborts
+        elif not isinstance(message, AbortRequest | GrammarReady):  # what is answered is what they end, if anything
             self._asked[id(message)] = message, question.worker, question.number
         return message
 

@@ -17,7 +17,7 @@ from testbed.costs import load_host
 from testbed.engine.builder import InputBuilder
 from testbed.engine.device import Device, needs_installing, open_device
 from testbed.loops.base import LoopContext
-from testbed.messages import GenerateRequest
+from testbed.messages import GenerateRequest, GrammarReady
 from testbed.runtime import wall
 from testbed.runtime.oracle import Oracle
 from testbed.runtime.paced import PacedDevice
@@ -26,10 +26,12 @@ from testbed.scenario.schema import Scenario
 from testbed.server import wire
 from testbed.server.clients import SocketClients
 from testbed.server.forgetful import ForgetfulLog, ForgetfulRecorder
+from testbed.server.grammar import ServerGrammars, eos_token_ids
 from testbed.server.modelled import ModelledLengths
 from testbed.server.options import TINY, TINY_PRESET, ServeOptions
 from testbed.server.part import Part, run_part
 from testbed.server.recording import ServerRecorder
+from testbed.server.trial import TrialOptions
 
 OUTPUTS_AHEAD = 10_000
 """Messages (about steps) that the detokenizer may be behind before the loop waits for it: nothing is dropped."""
@@ -63,17 +65,21 @@ def serve(part: Part) -> None:
             arrived=recorder.arrived,
             check=device.check if device else _no_check,
         )
-        runtime = wall.WallRuntime(
-            clock=clock,
-            device=_device(clock, engine, device, lengths.oracle if lengths else engine.oracle),
-            recorder=recorder,
-            clients=clients,
-            inject=load_host(scenario.host_inject, tp=scenario.engine.parallel.tp) if scenario.host_inject else None,
-        )
-        part.tell(_ready(engine, device))
-        gc.collect()
-        gc.freeze()  # what lives as long as the server is looked at no more
-        wall.run_to_the_end(engine.loop(LoopContext(engine.scheduler, runtime)))
+        ends = device.info.eos_token_ids if device else eos_token_ids(options.tokenizer)
+        inject = load_host(scenario.host_inject, tp=scenario.engine.parallel.tp) if scenario.host_inject else None
+        with _grammars(context, part.start, engine.model.vocab, ends) as grammars:
+            runtime = wall.WallRuntime(
+                clock=clock,
+                device=_device(clock, engine, device, lengths.oracle if lengths else engine.oracle, ends),
+                recorder=recorder,
+                clients=clients,
+                inject=inject,
+                grammars=grammars,
+            )
+            part.tell(_ready(engine, device))
+            gc.collect()
+            gc.freeze()  # what lives as long as the server is looked at no more
+            wall.run_to_the_end(engine.loop(LoopContext(engine.scheduler, runtime)))
         requests.close(0)
         outputs.close(0)
         if isinstance(recorder, ServerRecorder):
@@ -120,10 +126,37 @@ def _sockets(context: zmq.Context[zmq.Socket[bytes]], folder: str) -> tuple[zmq.
     return requests, outputs
 
 
-def _device(clock: wall.WallClock, engine: Engine, device: Device | None, oracle: Oracle) -> wall.Device:
+@contextmanager
+def _grammars(
+    context: zmq.Context[zmq.Socket[bytes]], start: wire.Start, vocab_size: int, ends: tuple[int, ...]
+) -> Iterator[ServerGrammars | None]:
+    """What compiles grammars and tells the loop through its own socket; None for a model whose end of sequence, which
+    ends what a grammar allows, is not known."""
+    if not ends:
+        yield None
+        return
+    limits = start.options.limits
+    trial = TrialOptions(start.options.tokenizer, vocab_size, ends, limits.grammar_ms, limits.grammar_mib)
+    inbox = context.socket(zmq.PUSH)
+    inbox.sndhwm = 0
+    inbox.connect(wire.requests_address(start.folder))
+
+    def post(ready: GrammarReady) -> None:
+        inbox.send(wire.asked(0, 0, ready))
+
+    try:
+        with ServerGrammars(trial, limits.grammars_mib, post) as grammars:
+            yield grammars
+    finally:
+        inbox.close(0)
+
+
+def _device(
+    clock: wall.WallClock, engine: Engine, device: Device | None, oracle: Oracle, ends: tuple[int, ...]
+) -> wall.Device:
     scenario = engine.scenario
     if device is None:
-        return PacedDevice(clock, engine.cost_model, oracle)
+        return PacedDevice(clock, engine.cost_model, oracle, ends)
     info, slots = device.info, engine.scheduler.memory.slots
     builder = InputBuilder(slots, scenario.engine.page_size, info.table_width, scenario.seed)
     priced = engine.cost_model if scenario.host_inject else None

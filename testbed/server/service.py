@@ -93,11 +93,6 @@ class Service:
 
     def _check_supported(self, call: Call) -> None:
         """What the protocol can say and this server cannot do. Raises ApiError."""
-        if any(generation.grammar is not None for generation in call.generations):
-            message = (
-                "Grammars (response_format, json_schema, regex, ebnf, a forced tool_choice) are not supported yet."
-            )
-            raise ApiError(message, param="response_format", code="not_supported")
         if any(generation.return_logprob for generation in call.generations):
             if self._modelled:
                 message = "logprobs are not there: this server models a device, it computes no probabilities."
@@ -300,4 +295,5 @@ def _request(choice: Continuation, stream: bool) -> GenerateRequest:
         top_logprobs=generation.top_logprobs,
         logprob_start=generation.logprob_start,
         text=generation.text,
+        grammar=generation.grammar,
     )

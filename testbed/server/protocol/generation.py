@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from testbed.messages import TextOptions
+from testbed.messages import GrammarSpec, TextOptions
 from testbed.sampling import SamplingParams
 from testbed.server.protocol.chat import ChatTemplate
 from testbed.server.protocol.errors import ApiError
@@ -30,15 +29,6 @@ class Served:
     limits: Limits = field(default_factory=Limits)
 
 
-@dataclass(frozen=True, slots=True)
-class Grammar:
-    """What the output has to match; compiled elsewhere."""
-
-    kind: Literal["json_object", "json_schema", "regex", "ebnf"]
-    text: str = ""
-    """Empty for ``json_object``: any JSON object."""
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Generation:
     """``n`` continuations of one prompt."""
@@ -53,7 +43,7 @@ class Generation:
     text: TextOptions
     n: int = 1
     ignore_eos: bool = False
-    grammar: Grammar | None = None
+    grammar: GrammarSpec | None = None
     priority: int | None = None
     extra_key: str = ""
     """Name space of the prefix cache."""

@@ -42,6 +42,12 @@ class Limits:
     """Entries."""
     grammar_bytes: int = 64 << 10
     """Of a JSON schema, regular expression or EBNF grammar, as UTF-8."""
+    grammar_ms: int = 2000
+    """Of processor time to compile one."""
+    grammar_mib: int = 256
+    """Of memory to compile one, in MiB."""
+    grammars_mib: int = 512
+    """Of memory for all compiled ones, in MiB: those of open requests, and those that may be asked for again."""
     tools: int = 128
     """Also the tool calls of one message."""
     tools_bytes: int = 256 << 10

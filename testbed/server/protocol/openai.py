@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, PlainValidator, StringConstraints, ValidationError, WithJsonSchema
 
-from testbed.messages import TextOptions
+from testbed.messages import GrammarSpec, TextOptions
 from testbed.sampling import SamplingParams
 from testbed.server.protocol.body import read_json
 from testbed.server.protocol.errors import ApiError, of_validation, unknown_model, words
@@ -43,7 +43,7 @@ from testbed.server.protocol.fields import (
     TopK,
     TopLogprobs,
 )
-from testbed.server.protocol.generation import Call, Generation, Grammar, Served, check_amount, check_grammar
+from testbed.server.protocol.generation import Call, Generation, Served, check_amount, check_grammar
 from testbed.server.protocol.tools import ToolUse, forced_schema
 
 Model = TypeVar("Model", bound=Fields)
@@ -128,10 +128,10 @@ class SamplingFields(Fields):
     ebnf: GrammarText | None = None
     json_schema: SchemaText | None = None
 
-    def grammars(self) -> list[Grammar]:
+    def grammars(self) -> list[GrammarSpec]:
         """Those asked for; more than one is an error."""
         asked = (("json_schema", self.json_schema), ("regex", self.regex), ("ebnf", self.ebnf))
-        return [Grammar(kind, text) for kind, text in asked if text is not None]  # type: ignore[arg-type]
+        return [GrammarSpec(kind, text) for kind, text in asked if text is not None]  # type: ignore[arg-type]
 
     def sampling(self, seed: int | None, min_new_tokens: int) -> SamplingParams:
         """As the engine takes it."""
@@ -334,7 +334,7 @@ def validated(model: type[Model], data: Mapping[str, Any], served: Served) -> Mo
         raise of_validation(error) from None
 
 
-def one_grammar(grammars: list[Grammar]) -> Grammar | None:
+def one_grammar(grammars: list[GrammarSpec]) -> GrammarSpec | None:
     """The grammar, if there is one. Raises ApiError for several."""
     if len(grammars) > 1:
         message = "Only one of response_format, json_schema, regex, ebnf and a forced tool_choice can be given."
@@ -342,19 +342,19 @@ def one_grammar(grammars: list[Grammar]) -> Grammar | None:
     return grammars[0] if grammars else None
 
 
-def _response_grammars(request: OpenAIFields) -> list[Grammar]:
+def _response_grammars(request: OpenAIFields) -> list[GrammarSpec]:
     asked = request.response_format
     if asked is None or asked.type == "text":
         return request.grammars()
     if asked.type == "json_object":
-        return [*request.grammars(), Grammar("json_object")]
+        return [*request.grammars(), GrammarSpec("json_object")]
     if asked.json_schema is None:
         message = "response_format.json_schema is required beside type json_schema."
         raise ApiError(message, param="response_format.json_schema")
-    return [*request.grammars(), Grammar("json_schema", asked.json_schema.schema_)]
+    return [*request.grammars(), GrammarSpec("json_schema", asked.json_schema.schema_)]
 
 
-def _generation(request: OpenAIFields, max_new_tokens: int | None, grammars: list[Grammar]) -> Generation:
+def _generation(request: OpenAIFields, max_new_tokens: int | None, grammars: list[GrammarSpec]) -> Generation:
     """All but prompt and log-probabilities."""
     if max_new_tokens is not None and request.min_tokens > max_new_tokens:
         raise ApiError("min_tokens must be at most max_tokens.", param="min_tokens")
@@ -400,7 +400,7 @@ def _call(request: OpenAIFields, generations: tuple[Generation, ...], served: Se
     )
 
 
-def _tools(request: ChatRequest, served: Served) -> tuple[ToolUse | None, list[Grammar]]:
+def _tools(request: ChatRequest, served: Served) -> tuple[ToolUse | None, list[GrammarSpec]]:
     """How calls are found, and the grammar that forces them."""
     tools = request.tools or []
     choice = request.tool_choice or ("auto" if tools else "none")
@@ -428,7 +428,7 @@ def _tools(request: ChatRequest, served: Served) -> tuple[ToolUse | None, list[G
     if len(schema.encode()) > served.limits.grammar_bytes:
         message = f"tools make a grammar that is too long; at most {served.limits.grammar_bytes} bytes are allowed."
         raise ApiError(message, param="tools")
-    return ToolUse(names, "forced", calls_max), [Grammar("json_schema", schema)]
+    return ToolUse(names, "forced", calls_max), [GrammarSpec("json_schema", schema)]
 
 
 def _rendered(request: ChatRequest, use: ToolUse | None, served: Served) -> str:

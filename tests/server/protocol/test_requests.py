@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from testbed.messages import AbortRequest, TextOptions
+from testbed.messages import AbortRequest, GrammarSpec, TextOptions
 from testbed.sampling import SamplingParams
 from testbed.server.protocol.errors import ApiError
-from testbed.server.protocol.generation import Grammar, Served, check_prompt
+from testbed.server.protocol.generation import Served, check_prompt
 from testbed.server.protocol.native import parse_abort
 from testbed.server.protocol.tools import ToolUse
 from tests.server.protocol.bodies import SERVED, WEATHER, call, one, refusal
@@ -140,16 +140,16 @@ def test_a_chats_limit_has_two_names() -> None:
 
 @pytest.mark.parametrize("kind", ["completion", "chat"])
 def test_grammars(kind: str) -> None:
-    def grammar(**fields: Any) -> Grammar | None:
+    def grammar(**fields: Any) -> GrammarSpec | None:
         return one(kind, **fields).grammar
 
     wrapped = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, "strict": True}}
     assert grammar(response_format={"type": "text"}) is None
-    assert grammar(response_format={"type": "json_object"}) == Grammar("json_object")
-    assert grammar(response_format=wrapped) == Grammar("json_schema", json.dumps(SCHEMA))
+    assert grammar(response_format={"type": "json_object"}) == GrammarSpec("json_object")
+    assert grammar(response_format=wrapped) == GrammarSpec("json_schema", json.dumps(SCHEMA))
     assert grammar(json_schema=SCHEMA) == grammar(json_schema=json.dumps(SCHEMA)) == grammar(response_format=wrapped)
-    assert grammar(regex="a+") == Grammar("regex", "a+")
-    assert grammar(ebnf="root ::= [a-z]") == Grammar("ebnf", "root ::= [a-z]")
+    assert grammar(regex="a+") == GrammarSpec("regex", "a+")
+    assert grammar(ebnf="root ::= [a-z]") == GrammarSpec("ebnf", "root ::= [a-z]")
     assert "Only one" in refusal(kind, regex="a", ebnf="b").message
     assert "Only one" in refusal(kind, regex="a", response_format={"type": "json_object"}).message
     assert refusal(kind, response_format={"type": "json_schema"}).param == "response_format.json_schema"
@@ -212,7 +212,7 @@ def test_generate_takes_one_or_many() -> None:
     many = call("generate", text=None, input_ids=[[1], [2]], sampling_params=params, rid=["a", "b"])
     assert many.batch and many.rids == ("a", "b")
     assert [generation.max_new_tokens for generation in many.generations] == [1, 2]
-    assert many.generations[1].grammar == Grammar("regex", "a")
+    assert many.generations[1].grammar == GrammarSpec("regex", "a")
     shared = call("generate", text=["a", "b"], sampling_params={"max_new_tokens": 5})
     assert [generation.max_new_tokens for generation in shared.generations] == [5, 5]
     assert call("generate", text=["a"]).batch and not call("generate", text=None, input_ids=[5]).batch
