@@ -116,8 +116,3 @@ def _ranked(case: Case, found: Confirmation) -> Iterator[Ranked]:
 def plain(judged: list[Judged], ranked: list[Ranked]) -> dict[str, Any]:
     """For JSON."""
     return {"judged": [asdict(one) for one in judged], "ranked": [asdict(one) for one in ranked]}
-
-
-def mean_errors(judged: list[Judged]) -> dict[str, float]:
-    """Mean of |error| over all variants of all cases, percent, by figure."""
-    return {key: float(np.mean([abs(one.figures[key]["error"]) for one in judged])) for key in FIGURES}

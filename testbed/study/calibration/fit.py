@@ -214,9 +214,3 @@ def predicted_time(operators: Operators, point: Point) -> float:
     if point.operator in ("lm_head", "sampling"):
         return operators.head_ns(point.tokens)[point.operator]
     return operators.linear_ns(point.tokens, False)[point.operator]
-
-
-def relative(predicted: Sequence[float], measured: Sequence[float]) -> tuple[float, float]:
-    """Mean and 90th percentile of the absolute relative error."""
-    errors = np.abs(np.asarray(predicted) / np.asarray(measured) - 1)
-    return float(errors.mean()), float(np.quantile(errors, 0.9))
