@@ -23,13 +23,13 @@ def others_are_served(paced: Serving) -> Iterator[None]:
 
 def said(server: Serving, *parts: bytes, shut: bool = False) -> bytes:
     """Everything that the server answers before it closes the connection."""
+    found = b""
     with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S) as connection:
         try:
             for part in parts:
                 connection.sendall(part)
             if shut:
                 connection.shutdown(socket.SHUT_WR)
-            found = b""
             while data := connection.recv(65536):
                 found += data
         except ConnectionError:  # it has closed while we were talking
