@@ -13,7 +13,7 @@ from tests.server.serving import ADMIN_KEY, CONSTANT, USER_KEY, Serving, serving
 WORKERS = 2
 OPTIONS = (
     *("--set", "engine.kv_tokens=20000", "--set", "engine.max_running_requests=64"),
-    *("--set", "engine.context_length=2048", "--max-queued", "1024", "--workers", str(WORKERS)),
+    *("--set", "engine.context_length=2048", "--max-queued", "1024"),
     *("--limit", "n=8", "--limit", "body_bytes=100000"),
     *("--header-s", "1", "--body-s", "1", "--idle-s", "1", "--write-s", "1"),
     *("--api-key", USER_KEY, "--admin-key", ADMIN_KEY),
@@ -21,9 +21,10 @@ OPTIONS = (
 
 
 @contextmanager
-def target(folder: Path, *options: str) -> Iterator[Serving]:
-    """One that takes requests; gone when the block ends."""
-    with serving(folder, *CONSTANT, *OPTIONS, *options) as server:
+def target(folder: Path, *options: str, modelled: bool = True, workers: int = WORKERS) -> Iterator[Serving]:
+    """One that takes requests; gone when the block ends. Not ``modelled``: the tiny model computes."""
+    backend = CONSTANT if modelled else ()
+    with serving(folder, *backend, *OPTIONS, "--workers", str(workers), *options) as server:
         yield server
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from tests.server.hostile.connections import END, SMUGGLED, Attack, get
 from tests.server.hostile.footprint import held, left_behind, resident_bytes
 from tests.server.hostile.schemathesis import examine
 from tests.server.hostile.steady import steady
-from tests.server.hostile.target import WORKERS, known_attacks, target
+from tests.server.hostile.target import WORKERS, known_attacks
 from tests.server.hostile.verdict import Reply, objection, replies
 from tests.server.serving import ADMIN_KEY, Serving
 
@@ -23,53 +22,46 @@ LIMIT_BYTES = 64 << 20
 """More than any part may grow while it is attacked; leaks of hostile sizes are larger."""
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    with target(tmp_path_factory.mktemp("target")) as found:
-        yield found
-
-
-def test_hostile_clients_harm_nobody_and_leave_nothing(server: Serving) -> None:
+def test_hostile_clients_harm_nobody_and_leave_nothing(modelled: Serving) -> None:
     """Every connection and body of the menu, and as many changed at random, while others are served."""
-    known = known_attacks(server)
-    asyncio.run(attack_all(server.port, assortment(known, 300, seed=0), at_once=32))  # what is made once is there now
-    before, memory = held(server, WORKERS), resident_bytes(server)
-    with steady(server, WORKERS) as others:
-        tally = asyncio.run(attack_all(server.port, assortment(known, 2 * len(known), seed=1), at_once=32))
+    known = known_attacks(modelled)
+    asyncio.run(attack_all(modelled.port, assortment(known, 300, seed=0), at_once=32))  # what is made once is there now
+    before, memory = held(modelled, WORKERS), resident_bytes(modelled)
+    with steady(modelled, WORKERS) as others:
+        tally = asyncio.run(attack_all(modelled.port, assortment(known, 2 * len(known), seed=1), at_once=32))
     assert tally.objections == []
     assert tally.sent == 2 * len(known) and tally.statuses[400] > 500 and tally.statuses[200] > 50
     assert others.wrong == [] and others.served > 10
-    assert left_behind(server, WORKERS, before) == []
-    grown = {part: size - memory[part] for part, size in resident_bytes(server).items()}
+    assert left_behind(modelled, WORKERS, before) == []
+    grown = {part: size - memory[part] for part, size in resident_bytes(modelled).items()}
     assert max(grown.values()) < LIMIT_BYTES, grown
-    assert server.errors == ""
+    assert modelled.errors == ""
 
 
-def test_schemathesis_finds_nothing(server: Serving, tmp_path: Path) -> None:
+def test_schemathesis_finds_nothing(modelled: Serving, tmp_path: Path) -> None:
     """Positive and negative data of every operation."""
-    found = examine(server, tmp_path, examples=5, key=ADMIN_KEY)
+    found = examine(modelled, tmp_path, examples=5, key=ADMIN_KEY)
     assert found.passed, found.output
-    operations = sum(len(methods) for methods in server.ask("GET", "/openapi.json")["paths"].values())
+    operations = sum(len(methods) for methods in modelled.ask("GET", "/openapi.json")["paths"].values())
     assert found.operations == found.selected == operations and found.cases > 1000
-    server.comes_to_rest()
-    assert server.errors == ""
+    modelled.comes_to_rest()
+    assert modelled.errors == ""
 
 
-def test_more_connections_than_allowed_are_turned_away(tmp_path: Path) -> None:
-    with target(tmp_path, "--connections", "100", "--workers", "1", "--header-s", "30") as server:
-        before = held(server, 1)
+def test_more_connections_than_allowed_are_turned_away(single: Serving) -> None:
+    before = held(single, 1)
 
-        async def crowd() -> list[bytes]:
-            streams = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(150)]
-            told = await asyncio.gather(*(reader.read() for reader, _ in streams[100:]))
-            for _, writer in streams:
-                writer.transport.abort()
-            return list(told)
+    async def crowd() -> list[bytes]:
+        streams = [await asyncio.open_connection("127.0.0.1", single.port) for _ in range(150)]
+        told = await asyncio.gather(*(reader.read() for reader, _ in streams[100:]))
+        for _, writer in streams:
+            writer.transport.abort()
+        return list(told)
 
-        for told in asyncio.run(crowd()):
-            (reply,) = replies(told)
-            assert reply.status == 503 and objection(reply) is None
-        assert left_behind(server, 1, before) == []
+    for told in asyncio.run(crowd()):
+        (reply,) = replies(told)
+        assert reply.status == 503 and objection(reply) is None
+    assert left_behind(single, 1, before) == []
 
 
 # -- the judge itself --------------------------------------------------------------------------------------------------
