@@ -80,7 +80,8 @@ def located(loaded: LoadedScenario, variant: str = "") -> Iterator[None]:
 
 
 def load_runs(folders: Sequence[Path]) -> list[Any]:
-    """The runs of run folders; a folder that holds several (a comparison) gives each of them."""
+    """The runs of run folders; a folder that holds several (a comparison, or a confirmation of variants) gives each of
+    them."""
     from testbed.metrics.run import Run
 
     # A shell's runs/x-1/* names the comparison beside the runs too.
@@ -94,7 +95,7 @@ def _run_folders(folder: Path) -> list[Path]:
         raise InputError("no such run folder", where=str(folder), remedy="`testbed simulate` writes one below runs/")
     if (folder / "run.json").is_file():
         return [folder]
-    inside = sorted(file.parent for file in folder.glob("*/run.json"))
+    inside = sorted(file.parent for depth in ("*", "*/*") for file in folder.glob(f"{depth}/run.json"))
     if not inside:
         remedy = "name a folder that `testbed simulate` or `testbed run` has written"
         raise InputError("is no run folder: there is no run.json in it", where=str(folder), remedy=remedy)

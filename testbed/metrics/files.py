@@ -116,7 +116,7 @@ def read_records(folder: Path, counters: dict[str, int]) -> Records:
     requests = len(tables["requests"]["id"])
     owner = np.asarray(tables["tokens"]["request"], dtype=np.int64)
     if len(owner) and (owner[0] < 0 or owner[-1] >= requests or (np.diff(owner) < 0).any()):
-        raise InputError("tokens do not belong to the requests of this run, in order", where=str(folder / "tokens"))
+        raise unusable("tokens do not belong to the requests of this run, in order", folder / "tokens")
     offsets = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=requests))]).astype(np.int64)
     decisions = read_bytes(folder / "decisions.bin")
     times = np.asarray(tables["tokens"]["time_ns"], dtype=np.int64)
@@ -132,13 +132,18 @@ def read_records(folder: Path, counters: dict[str, int]) -> Records:
     )
 
 
+def unusable(message: str, place: Path) -> InputError:
+    """What is raised for a run folder, or a file of one, that cannot be read."""
+    return InputError(message, where=str(place), remedy="copy the whole folder again, or run the scenario again")
+
+
 def _read_journal(path: Path) -> Journal | None:
     if not path.exists():
         return None
     try:
         return Journal.from_bytes(read_bytes(path))
     except ValueError as error:  # msgspec's own errors are subclasses of it
-        raise InputError(f"the file is damaged: {error}", where=str(path)) from error
+        raise unusable(f"the file is damaged: {error}", path) from error
 
 
 def _read_table(folder: Path, name: str, known: tuple[str, ...]) -> dict[str, Column]:
@@ -146,13 +151,13 @@ def _read_table(folder: Path, name: str, known: tuple[str, ...]) -> dict[str, Co
     if not path.exists():
         path = folder / f"{name}.csv"
     if not path.exists():
-        raise InputError(f"the run has no {name}.parquet and no {name}.csv", where=str(folder))
+        raise unusable(f"the run has no {name}.parquet and no {name}.csv", folder)
     try:
         columns = _read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
     except (ValueError, OSError, ArithmeticError, LookupError, TypeError, NotImplementedError, csv.Error) as error:
-        raise InputError(f"the file is damaged: {error}", where=str(path)) from error  # pyarrow's are among these
+        raise unusable(f"the file is damaged: {error}", path) from error  # pyarrow's are among these
     if missing := [column for column in known if column not in columns]:
-        raise InputError(f"the file lacks the columns {', '.join(missing)}", where=str(path))
+        raise unusable(f"the file lacks the columns {', '.join(missing)}", path)
     return columns
 
 
@@ -197,10 +202,10 @@ def read_bytes(path: Path) -> bytes:
     """The content of a file of the run; raises InputError that names it when it cannot be read."""
     try:
         if path.exists() and not path.is_file():  # a pipe or a device may have no end
-            raise InputError("this is no file", where=str(path))
+            raise unusable("this is no file", path)
         return path.read_bytes()
     except OSError as error:
-        raise InputError(f"cannot read the file: {error.strerror}", where=str(path)) from error
+        raise unusable(f"cannot read the file: {error.strerror}", path) from error
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -212,9 +217,9 @@ def check_digests(folder: Path, expected: Mapping[str, str]) -> None:
     """Raise InputError, naming the file, where one is missing or differs from what was written."""
     for name, digest in expected.items():
         if name in ("", "..") or name != Path(name).name:
-            raise InputError(f"{name!r} names no file of the run", where=str(folder / "run.json"))
+            raise unusable(f"{name!r} names no file of the run", folder / "run.json")
         if sha256(read_bytes(folder / name)).hexdigest() != digest:
-            raise InputError("the file is damaged: its content is not what was written", where=str(folder / name))
+            raise unusable("the file is damaged: its content is not what was written", folder / name)
 
 
 def seal(folder: Path) -> None:
@@ -225,9 +230,7 @@ def seal(folder: Path) -> None:
 def check_seal(folder: Path) -> None:
     """Raise InputError where ``run.json`` or its digest is not what was written."""
     if read_bytes(folder / SEAL).decode("utf-8", "replace") != f"{_run_digest(folder)}  run.json\n":
-        raise InputError(
-            f"the file is not what was written: its digest is not in {SEAL}", where=str(folder / "run.json")
-        )
+        raise unusable(f"the file is not what was written: its digest is not in {SEAL}", folder / "run.json")
 
 
 def _run_digest(folder: Path) -> str:
@@ -244,9 +247,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(read_bytes(path))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"the file is damaged: {error}", where=str(path)) from error
+        raise unusable(f"the file is damaged: {error}", path) from error
     if not isinstance(content, dict):
-        raise InputError("the file is damaged: it holds no object", where=str(path))
+        raise unusable("the file is damaged: it holds no object", path)
     return content
 
 
@@ -255,7 +258,7 @@ def summary(content: dict[str, Any], path: Path) -> Summary:
     try:
         return msgspec.convert(content, Summary)
     except ValueError as error:
-        raise InputError(f"the file is damaged: {error}", where=str(path)) from error
+        raise unusable(f"the file is damaged: {error}", path) from error
 
 
 def write_yaml(content: Any, path: Path) -> None:
@@ -274,9 +277,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = parse_yaml(read_bytes(path).decode(), str(path)).data
     except UnicodeDecodeError as error:
-        raise InputError(f"the file is damaged: {error}", where=str(path)) from error
+        raise unusable(f"the file is damaged: {error}", path) from error
     if not isinstance(content, dict):
-        raise InputError("the file is damaged: it holds no mapping", where=str(path))
+        raise unusable("the file is damaged: it holds no mapping", path)
     return content
 
 

@@ -239,13 +239,13 @@ class Run:
         """
         folder = Path(folder)
         if not (folder / "run.json").is_file():
-            raise InputError("this is not a run folder: it has no run.json", where=str(folder))
+            raise files.unusable("this is not a run folder: it has no run.json", folder)
         content = files.read_json(folder / "run.json")
         if content.get("format") != files.FORMAT:
             raise InputError(
                 f"format {content.get('format')!r} of a run folder is not known",
                 where=str(folder / "run.json"),
-                remedy=f"This version reads format {files.FORMAT}.",
+                remedy=f"this version reads format {files.FORMAT}: run the scenario again",
             )
         files.check_seal(folder)
         summary = files.summary(content, folder / "run.json")
@@ -256,5 +256,5 @@ class Run:
         run = cls(scenario, records, meta, folder)
         digest = files.read_bytes(folder / "decisions.sha256").decode("utf-8", "replace").split()
         if digest[:1] != [run.decision_digest]:
-            raise InputError("the decision log does not match its digest", where=str(folder / "decisions.bin"))
+            raise files.unusable("the decision log does not match its digest", folder / "decisions.bin")
         return run

@@ -109,7 +109,9 @@ def test_variants_are_simulated_run_and_joined(folder: Path, capsys: pytest.Capt
     }
     assert text.count("<svg") == 6
     assert invoke(["compare", "out/overlap"]) == OK
-    assert invoke(["replay", "out/normal", "out/overlap"]) == OK
+    capsys.readouterr()
+    assert invoke(["replay", "out"]) == OK
+    assert capsys.readouterr().out.count("every decision is the recorded one") == 8
 
 
 def test_a_single_scenario(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,4 +79,4 @@ def test_a_damaged_folder_names_the_file(make_run, tmp_path, name, damage, parqu
     with pytest.raises(InputError) as caught:
         Run.load(folder)
     named = f"{caught.value.where} {caught.value.message}"
-    assert name.split(".")[0] in named
+    assert name.split(".")[0] in named and "run the scenario again" in caught.value.remedy
