@@ -19,6 +19,8 @@ from testbed.messages import (
     FlushCache,
     GenerateRequest,
     GetInternalState,
+    GrammarReady,
+    GrammarSpec,
     Message,
     Prompt,
     Segment,
@@ -63,11 +65,13 @@ requests = st.builds(
     sampling=samplings,
     return_logprob=st.booleans(),
     logprob_start=st.integers(-1, 5),
+    grammar=st.none() | st.builds(GrammarSpec, st.just("regex"), st.text(max_size=3)),
 )
 messages = st.one_of(
     requests,
     st.builds(BatchGenerateRequest, st.lists(requests, max_size=3).map(tuple)),
     st.builds(AbortRequest, st.text(max_size=3), st.booleans()),
+    st.builds(GrammarReady, st.integers(0, 2**62 - 1), st.text(max_size=3), st.integers(400, 503)),
     st.just(FlushCache()),
     st.just(GetInternalState()),
     st.builds(SetInternalState, st.dictionaries(st.text(max_size=3), numbers | st.floats(allow_nan=False), max_size=2)),

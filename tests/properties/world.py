@@ -18,7 +18,7 @@ from testbed.costs import HostProfile, constant_host, load_host
 from testbed.costs.model import ConstantCostModel
 from testbed.loops.base import LoopContext
 from testbed.loops.select import EventLoop, find_loop
-from testbed.messages import ControlOutput, GenerateRequest, Message, Prompt, RequestOutput, Segment
+from testbed.messages import ControlOutput, GenerateRequest, GrammarSpec, Message, Prompt, RequestOutput, Segment
 from testbed.metrics import laws
 from testbed.metrics.recorder import Recorder
 from testbed.metrics.records import Records
@@ -52,6 +52,7 @@ class Job(NamedTuple):
     iteration: int = -1
     priority: int | None = None
     extra_key: str = ""
+    grammar: GrammarSpec | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -60,7 +61,10 @@ class Job(NamedTuple):
     def timed(self) -> TimedRequest:
         limit = self.outputs if self.max_new_tokens is None else self.max_new_tokens
         prompt = Prompt([Segment(stream_key("prompt", name), 0, count) for name, count in self.prompt])
-        message = GenerateRequest(self.rid, prompt, limit, limit == self.outputs, self.priority, self.extra_key)
+        heeds_none = limit == self.outputs
+        message = GenerateRequest(
+            self.rid, prompt, limit, heeds_none, self.priority, self.extra_key, grammar=self.grammar
+        )
         return TimedRequest(self.arrival_ns, message, self.outputs, iteration=self.iteration)
 
 
