@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +20,7 @@ from testbed.cli.folders import check_output, output_folder
 from testbed.scenario.errors import InputError
 
 if TYPE_CHECKING:
+    from testbed.report.calibration import Half
     from testbed.scenario.schema import Scenario
     from testbed.study.calibration.device import DeviceCalibration
     from testbed.study.calibration.host import HostCalibration
@@ -27,6 +29,8 @@ MODEL = "qwen3-0.6b"
 """Also the family of the small model that a CPU is calibrated with."""
 DEVICE_SHARE = 0.5
 """Of the time, for the device."""
+NOISY_PERCENT = 15
+"""Repeats that differ by more were not measured on a quiet machine."""
 
 
 def calibrate(
@@ -67,8 +71,10 @@ def calibrate(
             scenario = scenario.model_copy(update={"device": str(device.save(folder))})
         host = _measure_host(scenario, max(until - time.monotonic(), 1.0), paced, tell)
         tell("")
-        _write(folder, device, host)
-    _print(folder, device, host)
+        host.save(folder)
+        halves = _halves(device, host)
+        _write(folder, halves, host)
+    _print(folder, halves, paced)
     if model is None and Path(chosen).is_absolute():
         print(f"The small model is gone; `testbed model init {MODEL} DIR` makes it again (engine.dtype: float32).")
 
@@ -144,16 +150,28 @@ def _measure_host(scenario: Scenario, seconds: float, paced: bool, tell: Any) ->
         )
 
 
-def _write(folder: Path, device: DeviceCalibration | None, host: HostCalibration) -> None:
-    """Both profiles, ``calibration.json`` and the page."""
-    from testbed.metrics.files import write_json
-    from testbed.report.calibration import Half, write_calibration
+def _halves(device: DeviceCalibration | None, host: HostCalibration) -> list[Half]:
+    """What was measured, each half with a note where the machine was not quiet."""
+    from testbed.report.calibration import Half
 
-    host.save(folder)
     halves = [Half("host", "host.yaml", host.points, host.errors(), host.notes)]
     if device is not None:
         points = device.points.rename(columns={"operator": "name"})
         halves.insert(0, Half("device", "device.yaml", points, _device_errors(device), device.notes))
+    return [replace(half, notes=[*_weather(half.errors), *half.notes]) for half in halves]
+
+
+def _weather(errors: Any) -> Iterator[str]:
+    noise = float(errors["noise_percent"].abs().median())
+    if noise > NOISY_PERCENT:
+        yield f"measured again, times differ by {noise:.0f} % (median): something else runs here; calibrate again"
+
+
+def _write(folder: Path, halves: list[Half], host: HostCalibration) -> None:
+    """``calibration.json`` and the page."""
+    from testbed.metrics.files import write_json
+    from testbed.report.calibration import write_calibration
+
     provenance = {"command": " ".join(sys.argv), "host": host.where, **host.provenance()}
     content = {"format": 1, "provenance": provenance}
     for half in halves:
@@ -170,14 +188,14 @@ def _device_errors(device: DeviceCalibration) -> Any:
     return table.rename(columns={**shares, "noise": "noise_percent"}).rename_axis("operator").reset_index()
 
 
-def _print(folder: Path, device: DeviceCalibration | None, host: HostCalibration) -> None:
-    tables = [] if device is None else [("device", _device_errors(device), device.notes)]
-    for name, table, notes in [*tables, ("host", host.errors(), host.notes)]:
-        heads = {column: str(column).replace("_percent", "_%") for column in table}
-        print(f"{name}: errors on what was held out\n{table.rename(columns=heads).round(2).to_string(index=False)}\n")
-        for note in notes:
-            print(f"note: {name}: {note}", file=sys.stderr)
-    print(f"In a scenario on this machine{' (paced runs)' if device is None else ''}:")
-    if device is not None:
-        print(f"  device: {folder / 'device.yaml'}")
-    print(f"  host: {folder / 'host.yaml'}\n\nreport: {folder / 'calibration.html'}", flush=True)
+def _print(folder: Path, halves: list[Half], paced: bool) -> None:
+    for half in halves:
+        heads = {column: str(column).replace("_percent", "_%") for column in half.errors}
+        table = half.errors.rename(columns=heads).round(2).to_string(index=False)
+        print(f"{half.name}: errors on what was held out\n{table}\n")
+        for note in half.notes:
+            print(f"note: {half.name}: {note}", file=sys.stderr)
+    print(f"In a scenario on this machine{' (paced runs)' if paced else ''}:")
+    for half in halves:
+        print(f"  {half.name}: {folder / half.file}")
+    print(f"\nreport: {folder / 'calibration.html'}", flush=True)

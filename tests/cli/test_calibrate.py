@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from testbed import simulate
+from testbed.cli.calibrate import _weather
 from testbed.cli.main import INTERRUPTED, OK, WRONG_INPUT, invoke
 from testbed.costs import load_host
 from testbed.ports import Stage
@@ -87,3 +90,11 @@ def test_an_interrupted_calibration_leaves_nothing(folder: Path, monkeypatch: py
     monkeypatch.setattr(at, interrupt)
     assert invoke(["calibrate", *QUICK, "--out", "out"]) == INTERRUPTED
     assert list(folder.iterdir()) == []
+
+
+def test_a_calibration_on_a_busy_machine_says_so() -> None:
+    quiet = pd.DataFrame({"noise_percent": [-3.0, 2.0, 40.0, np.nan]})
+    busy = pd.DataFrame({"noise_percent": [-30.0, 20.0, 1.0]})
+    assert list(_weather(quiet)) == []
+    (note,) = _weather(busy)
+    assert "20 %" in note and "calibrate again" in note

@@ -15,12 +15,15 @@ from testbed import execute, load_scenario
 from testbed.costs import HostProfile, load_host
 from testbed.costs.host import Terms
 from testbed.metrics.columns import ints
+from testbed.metrics.run import Run
 from testbed.ports import Stage
 from testbed.scenario.errors import InputError
+from testbed.scenario.schema import Scenario
 from testbed.study.calibration.host import (
     AGAIN,
     FIT,
     HELD_OUT,
+    MOST_CONTEXT,
     PARTS,
     WARM_STEPS,
     HostCalibration,
@@ -177,7 +180,7 @@ def test_errors_are_those_of_a_naive_model() -> None:
 def test_a_kind_without_charges_is_told(tmp_path: Path) -> None:
     charges = calibrated(3).charges
     found = fit_host(charges[(charges.stage != "receive") | (charges.kind == "decode")], "a test")
-    assert "receive, prefill: no charge was seen; it is priced 0" in found.notes
+    assert "receive, prefill: no charge was seen; it is priced 0 (more --minutes see more)" in found.notes
     assert load_host(found.save(tmp_path)).price(Stage.RECEIVE, admitted=1) == 0
 
 
@@ -239,3 +242,24 @@ def test_a_broken_fit_names_the_place(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         load_host(path)
     assert caught.value.where.endswith("fit")
+
+
+def test_a_long_context_makes_no_longer_requests() -> None:
+    """A calibration of long contexts ends in time too."""
+    seen: list[Scenario] = []
+
+    def stop(one: Scenario) -> Run:
+        seen.append(one)
+        raise KeyboardInterrupt
+
+    for context in (2048, MOST_CONTEXT, 32_768):
+        content = {
+            "model": "qwen3-0.6b",
+            "engine": {"context_length": context},
+            "workload": {"arrivals": {"kind": "all_at_once"}, "lengths": {"prompt_tokens": 1, "output_tokens": 1},
+                         "count": 1},
+        }  # fmt: skip
+        with pytest.raises(KeyboardInterrupt):
+            measure_host(load_scenario(content).scenario, 1.0, stop)
+    short, most, long = (one.workload for one in seen)
+    assert short != most == long

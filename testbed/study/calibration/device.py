@@ -281,6 +281,11 @@ class _Measuring:
         self._notes += [
             f"{name}: {count} of its points beat a ceiling: raised" for name, count in self._fit.raised.items()
         ]
+        most = self._limits
+        self._notes.append(
+            f"measured up to {most.tokens:,} tokens a step, {most.rows:,} rows, contexts of {most.context:,}: what a "
+            "scenario has beyond is extrapolated; --set its engine.chunked_prefill_size and engine.context_length"
+        )
         self._notes.append("sampling: " + ("greedy" if params.greedy else f"temperature {params.temperature:g}"))
         self._notes.append("not measured: all-reduce (one device), penalties, grammars, log-probabilities")
         self._notes.append(f"axes of {self._per_octave:g} points for a doubling, {self._seconds:.0f} s")

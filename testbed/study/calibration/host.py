@@ -63,6 +63,9 @@ OVERHEAD_S = 0.4
 """Of a run: it is built, drained and replayed."""
 LEAST_S = 0.02
 """Of sending requests in a run."""
+CONTEXT, MOST_CONTEXT = 2048, 4096
+"""Tokens that lengths follow from: where the engine names no context, and at most. Longer requests would outlast their
+runs, and few would fit into the pool together."""
 
 Execute = Callable[[Scenario], Run]
 Tell = Callable[[str], None]
@@ -107,8 +110,9 @@ class HostCalibration:
 
     @property
     def points(self) -> pd.DataFrame:
-        """For plots: ``name``, ``measured_ns``, ``predicted_ns``, ``held_out``."""
-        some = self.charges[self.charges.part != AGAIN]
+        """For plots, in the order of ``errors``: ``name``, ``measured_ns``, ``predicted_ns``, ``held_out``."""
+        some = pd.concat([self._charges_of(line) for line in self.lines])
+        some = some[some.part != AGAIN]
         return pd.DataFrame(
             {
                 "name": some.stage + ", " + some.kind,
@@ -198,7 +202,7 @@ def measure_host(
     real. ``cost_model``: of a real device, whose launches are counted in kernels; None for a paced one. ``tell`` is
     called with a line before each run. Raises KeyboardInterrupt when a run was interrupted.
     """
-    context = scenario.engine.context_length or 2048
+    context = min(scenario.engine.context_length or CONTEXT, MOST_CONTEXT)
     runs = len(PARTS) * len(LOOPS) * len(host_workloads(1.0, context))
     each_s = max(seconds / runs - OVERHEAD_S, LEAST_S)
     until = time.monotonic() + seconds
@@ -282,7 +286,7 @@ def fit_host(charges: pd.DataFrame, where: str, notes: Sequence[str] = ()) -> Ho
     lines.sort(key=lambda line: line.stage)
     seen = [(line.stage, line.kind) for line in lines]
     missing = [f"{stage.name.lower()}, {kind}" for stage, kind in KINDS if (stage, kind) not in seen]
-    notes = [*notes, *(f"{what}: no charge was seen; it is priced 0" for what in missing)]
+    notes = [*notes, *(f"{what}: no charge was seen; it is priced 0 (more --minutes see more)" for what in missing)]
     date = datetime.now(UTC).isoformat(timespec="seconds")
     return HostCalibration(tuple(lines), launches, charges, reference_loop_us(), where, date, tuple(notes))
 
