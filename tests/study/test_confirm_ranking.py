@@ -57,3 +57,8 @@ def test_a_variant_without_a_value_is_left_out() -> None:
     found = rank("mean_tpot_ms", {"a": 1.0, "b": nan, "c": 2.0}, {"a": [1.0, 1.0], "b": [1.0, 1.0], "c": [3.0, 3.0]})
     assert found.real == ("a", "c") and found.verdict == "right"
     assert rank("mean_tpot_ms", {"a": 1.0, "b": 2.0}, {"a": [1.0, nan], "b": [2.0, 2.0]}).pairs == ()
+
+
+def test_a_single_run_tells_no_noise_and_so_no_order() -> None:
+    found = rank("mean_ttft_ms", {"a": 1.0, "b": 2.0}, {"a": [1.0], "b": [9.0]})
+    assert found.verdict == "too close to call" and np.isnan(found.pairs[0].noise)

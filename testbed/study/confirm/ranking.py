@@ -8,6 +8,8 @@ from itertools import combinations
 
 import numpy as np
 
+from testbed.study.confirm.errors import spread
+
 RANKED = {"output_throughput": -1, "mean_ttft_ms": 1, "mean_tpot_ms": 1, "mean_e2el_ms": 1}
 """Figures that variants are ranked by: 1 where less is better, -1 where more is."""
 NOISES = 2.0
@@ -23,7 +25,7 @@ class Pair:
     real: float
     """Real difference of their means, in the figure's unit, from 0."""
     noise: float
-    """The larger of what the repeats of either differ by at most."""
+    """The larger of what the repeats of either differ by at most; NaN for a single one, which decides nothing."""
     simulated: float
     """The simulated difference in the same direction: negative where simulation says the opposite."""
     verdict: str
@@ -54,9 +56,9 @@ def rank(figure: str, simulated: Mapping[str, float], real: Mapping[str, Sequenc
     pairs = []
     for one, other in combinations(names, 2):
         better, worse = (one, other) if sign * means[one] <= sign * means[other] else (other, one)
-        gap, noise = abs(means[one] - means[other]), max(float(np.ptp(real[name])) for name in (one, other))
+        gap, noise = abs(means[one] - means[other]), float(np.max([spread(real[name]) for name in (one, other)]))
         foreseen = sign * (simulated[worse] - simulated[better])
-        verdict = "too close to call" if gap <= NOISES * noise else "right" if foreseen > 0 else "wrong"
+        verdict = "too close to call" if not gap > NOISES * noise else "right" if foreseen > 0 else "wrong"
         pairs.append(Pair(better, worse, gap, noise, foreseen, verdict))
     verdicts = [pair.verdict for pair in pairs]
     verdict = next((one for one in ("wrong", "right") if one in verdicts), "too close to call")
