@@ -116,6 +116,16 @@ def test_the_last_chunk_may_hold_token_end_and_count_at_once() -> None:
     assert one.usage is not None and one.usage.prompt_tokens == 9
 
 
+def test_the_last_count_is_the_one_that_stands_and_nothing_counts_after_done() -> None:
+    one = exchange()
+    tell(one, 1, choices=[{"text": "x"}], usage={"completion_tokens": 1})
+    tell(one, 2, choices=[{"text": "x", "finish_reason": "stop"}], usage={"completion_tokens": 2})
+    tell(one, 3, choices=[], usage={"completion_tokens": 2, "prompt_tokens": 9})
+    one.take(b"[DONE]", 4)
+    tell(one, 5, choices=[], usage={"completion_tokens": 7, "prompt_tokens": 7})
+    assert one.usage is not None and (one.usage.prompt_tokens, one.output_tokens) == (9, 2)
+
+
 @pytest.mark.parametrize(
     ("told", "reason"), [("length", "length"), ("stop", "stop"), ("tool_calls", "stop"), ("abort", "abort")]
 )
