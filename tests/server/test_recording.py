@@ -46,7 +46,9 @@ def test_a_recorded_server_is_a_run(tmp_path: Path) -> None:
     assert requests["finish_reason"].tolist() == ["length"] * 3 + ["abort"]
     assert [len(run.token_times(place)) for place in range(3)] == [9, 1, 6]
     times = run.requests[["arrival_ns", "queued_ns", "first_scheduled_ns", "first_token_ns", "finish_ns"]].to_numpy()
-    assert (times[0, 0] > 0) and (np.diff(times, axis=1) >= 0).all() and (np.diff(times[:, 0]) > 0).all()
+    assert times[0, 0] > 0 and (np.diff(times[:, 0]) > 0).all()
+    assert (times[:, 1] > times[:, 0]).all()  # it was sent before the loop read it
+    assert (np.diff(times, axis=1) >= 0).all()
     again = replay(run)
     assert again.equal and again.steps == len(run.steps) > 0
     assert run.meta["label"] == "paced"
