@@ -168,12 +168,12 @@ def serving(folder: Path, *options: str) -> Iterator[Serving]:
 
 
 def descendants(pid: int) -> list[int]:
-    """Children of a process, and theirs."""
+    """Children of a process, whichever thread has started them, and theirs."""
     try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+        children = [file.read_text(encoding="ascii") for file in Path(f"/proc/{pid}/task").glob("*/children")]
     except OSError:
         return []
-    return [found for child in map(int, children) for found in (child, *descendants(child))]
+    return [found for child in map(int, " ".join(children).split()) for found in (child, *descendants(child))]
 
 
 def wait_gone(pids: Sequence[int]) -> None:

@@ -25,12 +25,16 @@ def resident_bytes(server: Serving) -> dict[str, int]:
 
 
 def descriptors(server: Serving) -> dict[str, int]:
-    """Open files and sockets, ZMQ's among them, of each part, by ``NAME PID``."""
-    return {
-        f"{part} {pid}": len(list(Path(f"/proc/{pid}/fd").iterdir()))
-        for part, pids in server.parts().items()
-        for pid in pids
+    """Open files and sockets, ZMQ's among them, of each part, by ``NAME PID``. Grammars are tried in processes that the
+    scheduler starts when it needs them: their sockets to it are not counted."""
+    parts = server.parts()
+    trials = len(parts.pop("trial", []))
+    counts = {
+        f"{part} {pid}": len(list(Path(f"/proc/{pid}/fd").iterdir())) for part, pids in parts.items() for pid in pids
     }
+    (scheduler,) = parts["scheduler"]
+    counts[f"scheduler {scheduler}"] -= trials
+    return counts
 
 
 def workers_at_rest(server: Serving, workers: int) -> dict[int, dict[str, int]]:
