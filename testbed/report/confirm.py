@@ -149,7 +149,8 @@ def _draw_shares(axes: Axes, shares: Sequence[Mapping[str, Any]]) -> None:
     axes.set(title="Device time (%)", xlim=(0, 100), yticks=[0, 1], yticklabels=["simulated", "real"], ylim=(1.6, -0.6))
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0, labelcolor=style.INK)
-    axes.legend(loc="lower left", ncols=2, bbox_to_anchor=(0, 0), borderaxespad=0.2, handlelength=1.2)
+    if left.any():
+        axes.legend(loc="lower left", ncols=2, bbox_to_anchor=(0, 0), borderaxespad=0.2, handlelength=1.2)
 
 
 def host_agreement(stages: Sequence[Mapping[str, Any]]) -> Figure:

@@ -146,7 +146,7 @@ def _seconds(target: Target, left_s: float, short: bool) -> float:
 
 
 def main() -> int:
-    """Parse the command line; returns the exit status of ``verdicts``."""
+    """Parse the command line; returns 0 where the bars of the page hold, else 1."""
     parser = argparse.ArgumentParser(prog="python -m tests.fidelity", description="Judge simulation by life.")
     parser.add_argument("kind", choices=["paced", "cpu", "gpu"])
     parser.add_argument("--minutes", type=float, default=4.0, help="for calibration (4; on a GPU at most 1.5 a model)")

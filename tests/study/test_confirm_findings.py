@@ -128,6 +128,7 @@ def test_profiles_come_in_the_order_of_what_they_cost(joined: Joined) -> None:
     found = [one for one in find(replace(joined, steps=steps, host=host)) if one.cause not in CAVEATS]
     assert [one.place for one in found] == ["send", "decode, graph", "extend, graph"]
     assert [one.factor for one in found] == pytest.approx([50, 2, 2])
+    assert "quieter" in found[0].remedy, "the host that is injected is the one simulated"
     less = replace(joined, steps=joined.steps.assign(predicted_ns=joined.steps["measured_ns"] * 0.92), host=host)
     assert "device profile" not in causes(less), "8 % is no wrong profile"
     few = joined.steps.assign(predicted_ns=joined.steps["measured_ns"].where(joined.steps["step"] > 1, 10**6))
@@ -149,6 +150,8 @@ def test_verdicts(joined: Joined) -> None:
 
     assert said(error=0.03, noise=0.04).startswith("agrees within the noise, 3.0 % (")
     assert said(error=-0.03, noise=0.01).startswith("agrees within 3.0 % (")
+    noisy = said(error=0.5, noise=0.6)
+    assert noisy.startswith("differs by up to 50.0 %") and "%), within the noise" in noisy, "hidden, not in agreement"
     assert (
         said(error=0.3, noise=0.01)
         == "differs by up to 30.0 % (output_throughput, noise 1.0 %), and no join names a cause"

@@ -78,9 +78,11 @@ def verdict(joined: Joined, findings: list[Finding]) -> str:
         return "nothing to compare: no request has completed on both sides"
     worst = max(errors, key=lambda one: abs(one.error))
     told = f"{100 * abs(worst.error):.1f} % ({worst.figure}, noise {100 * worst.noise:.1f} %)"
-    agreement = f"agrees within {told}" if abs(worst.error) <= AGREES_UP_TO else f"differs by up to {told}"
-    if all(abs(one.error) <= one.noise for one in errors):
-        agreement = f"agrees within the noise, {told}"
+    below = all(abs(one.error) <= one.noise for one in errors)
+    if abs(worst.error) <= AGREES_UP_TO:
+        agreement = f"agrees within the noise, {told}" if below else f"agrees within {told}"
+    else:
+        agreement = f"differs by up to {told}{', within the noise' if below else ''}"
     first = findings[0] if findings and findings[0].cause not in CAVEATS else None
     if first is None:
         return agreement if agreement.startswith("agrees") else f"{agreement}, and no join names a cause"
@@ -173,9 +175,10 @@ def _device_profile(joined: Joined) -> Iterator[tuple[float, Finding]]:
 
 def _host_profile(joined: Joined) -> Iterator[tuple[float, Finding]]:
     """(time at stake in ms, finding) of each stage of the loop that is priced wrong."""
-    remedy = "`testbed calibrate` on this machine, then host: DIR/host.yaml"
-    if joined.simulated.scenario.get("host_inject"):
-        remedy = "give host and host_inject the same profile"
+    remedy, asked = "`testbed calibrate` on this machine, then host: DIR/host.yaml", joined.simulated.scenario
+    if asked.get("host_inject"):
+        same = asked["host_inject"] == asked.get("host")
+        remedy = "a quieter or faster machine" if same else "give host and host_inject the same profile"
     for row in time_errors(joined.host, ["stage"]):
         if _is_wrong(row, joined, HOST_WRONG_FROM):
             predicted_us, measured_us = 1e3 * row.predicted_ms / row.number, 1e3 * row.measured_ms / row.number
