@@ -18,7 +18,7 @@ import aiohttp
 
 from tests.server.hostile.connections import Attack, Leave, Pause, perform, post
 from tests.server.hostile.verdict import replies
-from tests.server.serving import TOKENIZER, USER_KEY, oracle_ids, oracle_texts
+from tests.server.serving import USER_KEY, oracle_ids, oracle_texts
 
 HEADERS = {"Authorization": f"Bearer {USER_KEY}"}
 
@@ -162,8 +162,8 @@ class Leaver:
 async def leavers(
     port: int, count: int, at_once: int, tokens: int, workers: int, seed: int, prefix: str = "leaver"
 ) -> dict[str, Any]:
-    """``count`` clients who disconnect or abort at random moments: what was wrong, how many went which way, and how they
-    ended."""
+    """``count`` clients who disconnect or abort at random moments: what was wrong, how many went which way, and how
+    they ended."""
     random, ways, ends, wrong = Random(seed), Counter[str](), Counter[str](), list[str]()
     numbers = iter(range(count))
 

@@ -1,4 +1,6 @@
-"""A client that does nothing wrong, in a process of its own: ``python -m tests.server.hostile.steady PORT WORKERS KIND``.
+"""A client that does nothing wrong, in a process of its own.
+
+``python -m tests.server.hostile.steady PORT WORKERS KIND``
 
 It asks until its input closes and says then what it got: every reply must have exactly its own tokens. Those of a
 modelled server are the oracle's; a real one must say the same, without chance, whenever it is asked the same.
