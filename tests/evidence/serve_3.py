@@ -72,20 +72,19 @@ def _statuses(first: Tally, rest: Tally) -> str:
 
 
 def check(smoke: bool) -> Evidence:
-    """Attack both servers, then let Schemathesis examine a third."""
+    """Attack both servers; Schemathesis examines the modelled one behind that."""
     wanted = 1_000 if smoke else 100_000
-    found = []
-    for name, modelled, count in (("modelled", True, wanted * 9 // 10), ("tiny model", False, wanted // 10)):
-        with tempfile.TemporaryDirectory() as folder, target(Path(folder), modelled=modelled) as server:
-            found.append(attacked(server, name, count, modelled))
+    with tempfile.TemporaryDirectory() as folder, target(Path(folder), modelled=False) as server:
+        found = [attacked(server, "tiny model", wanted // 10, modelled=False)]
     with tempfile.TemporaryDirectory() as folder, target(Path(folder)) as server:
+        found.append(attacked(server, "modelled", wanted * 9 // 10, modelled=True))
         examined = examine(server, Path(folder), examples=5 if smoke else 200, key=ADMIN_KEY)
         server.comes_to_rest()
         logged = server.errors
     sent, served = sum(one.sent for one in found), sum(one.served for one in found)
     wrong = [text for one in found for text in one.objections]
     wrong += [] if examined.passed else [examined.output[-6000:]]
-    wrong += [f"the examined server's log: {logged[-2000:]}"] if logged else []
+    wrong += [f"the modelled server's log: {logged[-2000:]}"] if logged and not found[1].objections else []
     return Evidence(
         figure=f"{sent:,} hostile requests, {served:,} good ones beside them; Schemathesis: {examined.cases:,} cases, "
         f"{examined.operations} of {examined.selected} operations; {len(wrong)} objections",
