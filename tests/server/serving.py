@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -144,6 +145,13 @@ class Serving:
         """What the scheduler says of itself."""
         state: dict[str, Any] = self.ask("GET", "/get_server_info")["internal_states"][0]
         return state
+
+    def aborted(self) -> int:
+        """Requests that were aborted, by its own count."""
+        status, _, page = self.request("GET", "/metrics")
+        (line,) = re.findall(rb"^sglang:num_aborted_requests_total\{.*\} (\S+)$", page, re.MULTILINE)
+        assert status == 200
+        return int(float(line))
 
     def comes_to_rest(self) -> dict[str, Any]:
         """Wait until nothing waits or runs; every page is free or cached then."""

@@ -166,6 +166,7 @@ def test_errors_are_the_packages_own_classes(client: openai.OpenAI, paced: Servi
 
 
 def test_closing_a_stream_ends_the_request(client: openai.OpenAI, paced: Serving) -> None:
+    before = paced.aborted()
     stream = client.completions.create(
         model=MODEL, prompt="x", max_tokens=19_000, stream=True, extra_body={"ignore_eos": True}
     )
@@ -173,6 +174,7 @@ def test_closing_a_stream_ends_the_request(client: openai.OpenAI, paced: Serving
     assert paced.state()["running"] == 1
     stream.close()
     paced.comes_to_rest()
+    assert paced.aborted() == before + 1
 
 
 def test_the_tiny_model_says_the_same_streamed_or_not(tiny_client: openai.OpenAI) -> None:

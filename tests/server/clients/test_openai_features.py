@@ -257,11 +257,13 @@ def test_a_retry_that_finds_room_is_served(narrow: Serving) -> None:
 
 
 def test_who_runs_out_of_patience_leaves_nothing_behind(client: openai.OpenAI, paced: Serving) -> None:
+    before = paced.aborted()
     with pytest.raises(openai.APITimeoutError):
         client.completions.create(
-            model=MODEL, prompt="x", max_tokens=19_000, timeout=0.3, extra_body={"ignore_eos": True}
+            model=MODEL, prompt="x", max_tokens=19_000, timeout=1, extra_body={"ignore_eos": True}
         )
     paced.comes_to_rest()
+    assert paced.aborted() == before + 1
 
 
 # -- many at once -----------------------------------------------------------------------------------------------------
@@ -306,5 +308,7 @@ def test_a_cancelled_task_ends_its_request(paced: Serving) -> None:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    before = paced.aborted()
     asyncio.run(cancelled())
-    assert paced.comes_to_rest()["running"] == 0
+    paced.comes_to_rest()
+    assert paced.aborted() == before + 5
