@@ -29,6 +29,8 @@ MODEL = "qwen3-0.6b"
 """Also the family of the small model that a CPU is calibrated with."""
 DEVICE_SHARE = 0.5
 """Of the time, for the device."""
+DEVICE_ENGINE = {"chunked_prefill_size": 8192, "context_length": 16_384}
+"""What a GPU is measured up to: a scenario's default chunk, and contexts of long prompts."""
 NOISY_PERCENT = 15
 """Repeats that differ by more were not measured on a quiet machine."""
 
@@ -67,7 +69,7 @@ def calibrate(
         if not paced:
             from testbed.study.calibration.device import measure_device
 
-            device = measure_device(scenario, minutes * DEVICE_SHARE, tell)
+            device = measure_device(_for_device(scenario, settings), minutes * DEVICE_SHARE, tell)
             scenario = scenario.model_copy(update={"device": str(device.save(folder))})
         host = _measure_host(scenario, max(until - time.monotonic(), 1.0), paced, tell)
         tell("")
@@ -113,6 +115,16 @@ def _scenario(model: str, settings: list[str] | None, seed: int | None, paced: b
         },
     }
     return load_scenario(mapping, [*(settings or ()), *([] if seed is None else [f"seed={seed}"])]).scenario
+
+
+def _for_device(scenario: Scenario, settings: list[str] | None) -> Scenario:
+    """A GPU is measured for batches as large as scenarios make them by default, where nothing else is set: the host's
+    runs want a small chunk, to cut many prompts within seconds."""
+    from testbed.engine.device import has_cuda
+
+    asked = {text.partition("=")[0].removeprefix("engine.") for text in settings or ()}
+    larger = {name: value for name, value in DEVICE_ENGINE.items() if has_cuda() and name not in asked}
+    return scenario.model_copy(update={"engine": scenario.engine.model_copy(update=larger)})
 
 
 def _check(scenario: Scenario, paced: bool) -> None:

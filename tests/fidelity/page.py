@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def errors_of(judged: list[dict[str, Any]], figure: str) -> list[float]:
 
 def verdict(target: str, found: dict[str, Any]) -> tuple[bool, dict[str, float]]:
     """Whether the bars hold, and the figures that are held against them: means, on a GPU the worst."""
-    of = max if kind_of(target) == "gpu" else np.mean
+    of = np.max if kind_of(target) == "gpu" else np.mean
     figures = {key: float(of(errors_of(found["judged"], key))) for key in FIGURES}
     holds = all(figures[key] <= bar for key, bar in BARS[kind_of(target)].items())
     if kind_of(target) == "gpu":
@@ -59,16 +60,26 @@ def misranked(found: dict[str, Any]) -> list[str]:
 def keep(target: str, found: dict[str, Any], folder: Path = FOLDER) -> None:
     """Write a target's results, and the page anew."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_rounded(found), indent=1, allow_nan=True)
+    text = json.dumps(_rounded(found), indent=1, allow_nan=False)
     (folder / f"{target}.json").write_text(text + "\n", encoding="utf-8")
-    results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    results = {path.stem: _read(path) for path in sorted(folder.glob("*.json"))}
     (folder / "README.md").write_text("\n".join(_page(results)) + "\n", encoding="utf-8")
 
 
 def results_of(folder: Path, kind: str) -> dict[str, dict[str, Any]]:
     """The results that are kept of one kind of target, by target."""
     paths = (path for path in sorted(folder.glob("*.json")) if kind_of(path.stem) == kind)
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    return {path.stem: _read(path) for path in paths}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A target's results; what is undefined is null in the file and NaN here."""
+
+    def with_nan(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {key: math.nan if value is None and key != "same_decisions" else value for key, value in pairs}
+
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=with_nan)
+    return found
 
 
 def holds(folder: Path, kind: str) -> bool:
@@ -90,7 +101,7 @@ def summary(folder: Path, kind: str) -> str:
 
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
-        return float(f"{value:.6g}")
+        return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, dict):
         return {key: _rounded(inner) for key, inner in value.items()}
     return [_rounded(inner) for inner in value] if isinstance(value, list | tuple) else value
