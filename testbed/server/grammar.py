@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -84,6 +84,9 @@ class ServerGrammars:
             raise InputError(f"grammars cannot use this tokenizer: {error}", where="tokenizer", remedy=remedy) from None
         self._options = options
         self._words = -(-options.vocab_size // 32)
+        special = [token for token in range(options.vocab_size) if self._tokenizer.is_special_token(token)]
+        self._text = self._all_but(special)
+        self._text_or_end = self._all_but([token for token in special if token not in options.eos_token_ids])
         self._most_bytes = memory_mib * MIB
         self._post = post
         self._executor = LLExecutor()
@@ -137,7 +140,15 @@ class ServerGrammars:
         for matcher, row in wanted:
             if matcher.is_error():  # it would allow an end of sequence
                 masks[row] = 0
+            else:  # a special token is not the text by which it is called
+                masks[row] &= self._text_or_end if matcher.is_accepting() else self._text
         return masks
+
+    def _all_but(self, token_ids: Collection[int]) -> NDArray[np.int32]:
+        """A row of a mask."""
+        bits = np.ones(32 * self._words, np.uint8)
+        bits[list(token_ids)] = 0
+        return np.packbits(bits, bitorder="little").view(np.int32)
 
     def accept(self, rank: int, token_id: int) -> None:
         """See ports.Grammars. What goes wrong shows in the next masks."""
