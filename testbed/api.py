@@ -246,7 +246,7 @@ def _execute(
     """Drive the loop over a device until the workload has ended, or somebody interrupts it."""
     scenario, inject = engine.scenario, None
     if scenario.host_inject is not None:
-        inject = load_host(scenario.host_inject, tp=scenario.engine.parallel.tp)
+        inject = load_host(scenario.host_inject, tp=scenario.engine.parallel.tp, where="host_inject")
     clock, traffic = wall.WallClock(), Traffic(engine.workload, engine.oracle)
     runtime = wall.WallRuntime(
         clock=clock,

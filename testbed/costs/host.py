@@ -150,8 +150,10 @@ def constant_host(iteration_ns: int) -> HostProfile:
     return HostProfile("constant", terms, terms, source="constant of the scenario")
 
 
-def load_host(name_or_path: str | Path, *, tp: int = 1, cpu_speed: float | None = None) -> HostProfile:
-    """A preset by name, or a file in the same form, for ``tp`` devices.
+def load_host(
+    name_or_path: str | Path, *, tp: int = 1, cpu_speed: float | None = None, where: str = "host"
+) -> HostProfile:
+    """A preset by name, or a file in the same form, for ``tp`` devices. ``where``: the field that names it.
 
     ``cpu_speed`` is time on the target core over time on the reference core; all times scale with it. None: the file's
     ``cpu_speed``, else the ``at_cpu_speed`` that its values are stated for. Raises InputError when there is no such
@@ -165,7 +167,7 @@ def load_host(name_or_path: str | Path, *, tp: int = 1, cpu_speed: float | None 
         close = get_close_matches(name.lower(), known, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         message = f"no preset or file is called {name!r}"
-        raise InputError(message, where="host", remedy=f"{hint}presets: {', '.join(known)}; or a profile file")
+        raise InputError(message, where=where, remedy=f"{hint}presets: {', '.join(known)}; or a profile file")
     return _profile(read_mapping(path), path, tp, cpu_speed)
 
 

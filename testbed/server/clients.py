@@ -164,6 +164,7 @@ class SocketClients:
             prompt_logprobs=found.prompt.tobytes() if found is not None and len(found.prompt) else None,
             logprobs=None if found is None else _all_logprobs(found),
             times=self._times_of(output.rid),
+            grammar=source is not None and source.grammar is not None,
         )
 
 

@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import zmq
+from tokenizers import Tokenizer
 
 from testbed.api import Engine, build_engine, engine_options
-from testbed.costs import load_host
+from testbed.costs import HostProfile, load_host
 from testbed.engine.builder import InputBuilder
 from testbed.engine.device import Device, needs_installing, open_device
 from testbed.loops.base import LoopContext
@@ -28,7 +29,7 @@ from testbed.server.clients import SocketClients
 from testbed.server.forgetful import ForgetfulLog, ForgetfulRecorder
 from testbed.server.grammar import ServerGrammars, eos_token_ids
 from testbed.server.modelled import ModelledLengths
-from testbed.server.options import TINY, TINY_PRESET, ServeOptions
+from testbed.server.options import OWN_TOKENIZER, TINY, TINY_PRESET, ServeOptions
 from testbed.server.part import Part, run_part
 from testbed.server.recording import ServerRecorder
 from testbed.server.trial import TrialOptions
@@ -65,18 +66,17 @@ def serve(part: Part) -> None:
             arrived=recorder.arrived,
             check=device.check if device else _no_check,
         )
-        ends = device.info.eos_token_ids if device else eos_token_ids(options.tokenizer)
-        inject = load_host(scenario.host_inject, tp=scenario.engine.parallel.tp) if scenario.host_inject else None
+        ends = _ends(device, options.tokenizer)
         with _grammars(context, part.start, engine.model.vocab, ends) as grammars:
             runtime = wall.WallRuntime(
                 clock=clock,
                 device=_device(clock, engine, device, lengths.oracle if lengths else engine.oracle, ends),
                 recorder=recorder,
                 clients=clients,
-                inject=inject,
+                inject=_inject(scenario),
                 grammars=grammars,
             )
-            part.tell(_ready(engine, device))
+            part.tell(_ready(engine, device, options))
             gc.collect()
             gc.freeze()  # what lives as long as the server is looked at no more
             wall.run_to_the_end(engine.loop(LoopContext(engine.scheduler, runtime)))
@@ -126,12 +126,20 @@ def _sockets(context: zmq.Context[zmq.Socket[bytes]], folder: str) -> tuple[zmq.
     return requests, outputs
 
 
+def _ends(device: Device | None, tokenizer: str) -> tuple[int, ...]:
+    """The ends of sequence that grammars know: the model's, where its tokenizer is not another one that stands in."""
+    if device is None:
+        return eos_token_ids(tokenizer)
+    known = Tokenizer.from_file(str(Path(tokenizer) / "tokenizer.json")).get_vocab_size()
+    return tuple(token for token in device.info.eos_token_ids if token < known)
+
+
 @contextmanager
 def _grammars(
     context: zmq.Context[zmq.Socket[bytes]], start: wire.Start, vocab_size: int, ends: tuple[int, ...]
 ) -> Iterator[ServerGrammars | None]:
-    """What compiles grammars and tells the loop through its own socket; None for a model whose end of sequence, which
-    ends what a grammar allows, is not known."""
+    """What compiles grammars and tells the loop through its own socket; None where the tokenizer has no end of
+    sequence, which ends what a grammar allows."""
     if not ends:
         yield None
         return
@@ -163,7 +171,14 @@ def _device(
     return RealDevice(clock, device, builder, oracle, forced=False, cost_model=priced)
 
 
-def _ready(engine: Engine, device: Device | None) -> wire.Ready:
+def _inject(scenario: Scenario) -> HostProfile | None:
+    """The host whose times the loop spends."""
+    if scenario.host_inject is None:
+        return None
+    return load_host(scenario.host_inject, tp=scenario.engine.parallel.tp, where="host_inject")
+
+
+def _ready(engine: Engine, device: Device | None, options: ServeOptions) -> wire.Ready:
     modelled = engine.device.name if engine.device is not None else "constant"
     return wire.Ready(
         max_total_num_tokens=engine.kv_tokens,
@@ -173,8 +188,16 @@ def _ready(engine: Engine, device: Device | None) -> wire.Ready:
         max_running_requests=engine.scheduler.max_running_requests,
         device=device.info.name if device is not None else f"{modelled} (modelled)",
         loop=engine.loop_name,
-        notes=device.info.notes if device is not None else tuple(engine.cost_model.unmeasured()),
+        notes=_notes(engine, device, options),
     )
+
+
+def _notes(engine: Engine, device: Device | None, options: ServeOptions) -> tuple[str, ...]:
+    if device is None:
+        return tuple(f"unmeasured: {what}" for what in engine.cost_model.unmeasured())
+    if options.tiny or Path(options.tokenizer) != OWN_TOKENIZER:
+        return device.info.notes
+    return (*device.info.notes, "the model has no tokenizer.json: ours stands in, and most of its tokens have no text")
 
 
 if __name__ == "__main__":

@@ -93,6 +93,8 @@ class Ended(msgspec.Struct, frozen=True, array_like=True, tag="ended"):
     """Of every output token, when the request asked for them."""
     times: Times | None = None
     """None: it was never queued."""
+    grammar: bool = False
+    """Whether the request had one."""
 
 
 class Answer(msgspec.Struct, frozen=True, array_like=True, tag="answer"):
