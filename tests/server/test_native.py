@@ -125,11 +125,12 @@ def sample(server: Serving, name: str) -> float:
 
 def test_metrics_count_what_was_asked_of_all_workers(paced: Serving) -> None:
     paced.comes_to_rest()
-    before = sample(paced, "num_requests_total"), sample(paced, "generation_tokens_total")
+    names = ("num_requests_total", "generation_tokens_total", "num_so_requests_total")
+    before = [sample(paced, name) for name in names]
     for _ in range(4):
         generate(paced, text="x", sampling_params={"max_new_tokens": 5, "ignore_eos": True})
-    assert sample(paced, "num_requests_total") == before[0] + 4
-    assert sample(paced, "generation_tokens_total") == before[1] + 20
+    generate(paced, text="x", sampling_params={"max_new_tokens": 1, "regex": "[ab]{9}"})
+    assert [sample(paced, name) for name in names] == [before[0] + 5, before[1] + 21, before[2] + 1]
     assert sample(paced, "num_running_reqs") == 0
 
 
