@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -77,6 +77,7 @@ def serve(
     with _needs_installing():
         from testbed.server import launch
         from testbed.server import options as serving
+    _check_modelled(backend, {"--device": device, "--output-tokens": output_tokens})
     shorthands = {"device": device, "host_inject": host_profile, "workload.lengths.output_tokens": output_tokens}
     given = [f"{field}={value}" for field, value in shorthands.items() if value is not None]
     loaded = serving.load_serving(model, backend.value, [*given, *(settings or ()), f"seed={seed}"])
@@ -106,6 +107,14 @@ def serve(
     status = launch.serve(chosen, lambda line: print(line, flush=True))
     if status:
         raise typer.Exit(status)
+
+
+def _check_modelled(backend: Backend, options: Mapping[str, str | None]) -> None:
+    """Raises InputError for options that would mean nothing to a real device."""
+    for name, value in options.items():
+        if value is not None and backend is Backend.REAL:
+            remedy = "add --backend paced, or leave it out"
+            raise InputError("is an option of modelled devices", where=name, remedy=remedy)
 
 
 def _made(record: Path | None) -> str:

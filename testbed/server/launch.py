@@ -24,6 +24,8 @@ DYING_S = 5.0
 """How long a part may take to end once it has closed its socket, or was told to when nothing is open."""
 SAVING_S = 600.0
 """How long the scheduler may write its run, where it was recorded."""
+TWICE_S = 0.2
+"""Signals that come so close are one: ``timeout`` and ``uv run`` pass on what the whole process group was told."""
 LATE_S = 5.0
 """How much later than its own deadline a worker may be done with its requests."""
 
@@ -183,7 +185,8 @@ class Server:
         does in time."""
         found = wait([self._wakeup, *(child.connection for child in children)], timeout_s)
         if self._wakeup in found:
-            raise Ended(self._wakeup.recv(1)[0])
+            time.sleep(TWICE_S)
+            raise Ended(self._wakeup.recv(4096)[0])
         if not found:
             raise PartLost(children[0].name, "does not end")
         return [child for child in children if child.connection in found]
@@ -206,6 +209,7 @@ def serve(options: ServeOptions, say: Callable[[str], None]) -> int:
         server = Server(options, listener, folder)
         try:
             with server.signals():
+                say(f"loading {options.names[0]} ...")
                 return _run(server, listener, options.record, say)
         finally:
             server.end()

@@ -22,7 +22,7 @@ from testbed.server.connection import CUT
 from testbed.server.detokenize import Vocabulary
 from testbed.server.options import Waits
 from testbed.server.protocol import responses
-from testbed.server.protocol.errors import ApiError, too_large
+from testbed.server.protocol.errors import ApiError, of_end, too_large
 from testbed.server.protocol.generation import Call, Generation, Served, check_prompt
 from testbed.server.replies import RETRY_AFTER_S, Asked, Continuation, Form
 from testbed.server.wire import Delta
@@ -54,7 +54,7 @@ class Service:
         self.draining = False
         """The server is about to end: nothing new is taken."""
         self.busy = 0
-        """Requests that have not been replied to."""
+        """Requests that were taken and have not been replied to."""
 
     def check_open(self) -> None:
         """Whether anything is taken at all. Raises ApiError."""
@@ -78,11 +78,14 @@ class Service:
         self.check_open()
         self.calls.check_room(1)
         body = await self.read_body(request)
-        call = await _aside(len(body), parse, body, self.served)
-        self._check_supported(call)
-        prompts = await self._tokenised(call.generations)
-        asked = self._asked(call, prompts, began_s)
-        mailbox = self.calls.send([(choice.name, _request(choice, call.stream)) for choice in asked.choices])
+        self.check_open()
+        self.busy += 1  # from here on the server's end waits for it
+        try:
+            asked = await self._read(body, parse, began_s)
+            mailbox = self.calls.send([(one.name, _request(one, asked.call.stream)) for one in asked.choices])
+        except BaseException:
+            self.busy -= 1
+            raise
         reply = Reply(self, asked, form_of(asked), mailbox, asyncio.create_task(_watch(request, mailbox)))
         try:
             await reply.begin()
@@ -90,6 +93,13 @@ class Service:
             reply.end()
             raise
         return reply
+
+    async def _read(self, body: bytes, parse: Parse, began_s: float) -> Asked:
+        """What a body asks for, tokenised. Raises ApiError."""
+        call = await _aside(len(body), parse, body, self.served)
+        self._check_supported(call)
+        prompts, echoes = await self._tokenised(call.generations)
+        return self._asked(call, prompts, echoes, began_s)
 
     def _check_supported(self, call: Call) -> None:
         """What the protocol can say and this server cannot do. Raises ApiError."""
@@ -114,11 +124,13 @@ class Service:
         mailbox = self.calls.send([(name, request)])
         try:
             async with asyncio.timeout(self.waits.answer_s):
-                await mailbox.take()
+                finished = (await mailbox.take())[-1].finished
         except TimeoutError:
             raise late() from None
         finally:
             self.calls.abandon([request.rid])
+        if finished is not None and finished.reason == "error":
+            raise of_end(finished.status, finished.message, RETRY_AFTER_S)
 
     async def read_body(self, request: Request) -> bytes:
         """The body. Raises ApiError for one that is too long, too slow, or not JSON by its own account."""
@@ -144,12 +156,13 @@ class Service:
             raise Gone from None
         return b"".join(parts)
 
-    async def _tokenised(self, generations: Sequence[Generation]) -> list[NDArray[np.int32]]:
-        size = sum(len(one.prompt) for one in generations if isinstance(one.prompt, str))
+    async def _tokenised(self, generations: Sequence[Generation]) -> tuple[list[NDArray[np.int32]], list[str]]:
+        """(prompts, the texts of those that are to be echoed, else '')."""
+        size = sum(len(one.prompt) for one in generations if one.echo or isinstance(one.prompt, str))
         prompts: list[NDArray[np.int32]] = await _aside(size, self._token_ids, generations)
         for prompt, generation in zip(prompts, generations, strict=True):
             check_prompt(len(prompt), generation, self.served)
-        return prompts
+        return prompts, await _aside(size, self._echoes, generations)
 
     def _token_ids(self, generations: Sequence[Generation]) -> list[NDArray[np.int32]]:
         return [
@@ -161,7 +174,17 @@ class Service:
         encoding = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
         return np.array(encoding.ids, np.int32)
 
-    def _asked(self, call: Call, prompts: Sequence[NDArray[np.int32]], began_s: float) -> Asked:
+    def _echoes(self, generations: Sequence[Generation]) -> list[str]:
+        return [
+            "" if not one.echo else one.prompt if isinstance(one.prompt, str) else self._decoded(one.prompt)
+            for one in generations
+        ]
+
+    def _decoded(self, prompt: NDArray[np.int32]) -> str:
+        text: str = self._tokenizer.decode(prompt.tolist(), skip_special_tokens=False)
+        return text
+
+    def _asked(self, call: Call, prompts: Sequence[NDArray[np.int32]], echoes: Sequence[str], began_s: float) -> Asked:
         name = uuid.uuid4().hex
         choices: list[Continuation] = []
         for place, (generation, prompt) in enumerate(zip(call.generations, prompts, strict=True)):
@@ -169,15 +192,8 @@ class Service:
             for choice in range(generation.n):
                 rid = self.calls.rid(own, choice)
                 choices.append(Continuation(len(choices), own, rid, generation, prompt))
-        texts = tuple(
-            (one.prompt if isinstance(one.prompt, str) else self._decoded(one.prompt)) if one.echo else ""
-            for one in call.generations
-        )
-        return Asked(choices[0].name, call, tuple(choices), self._token_bytes, texts, int(time.time()), began_s)
-
-    def _decoded(self, prompt: NDArray[np.int32]) -> str:
-        text: str = self._tokenizer.decode(prompt.tolist(), skip_special_tokens=False)
-        return text
+        name, created = choices[0].name, int(time.time())
+        return Asked(name, call, tuple(choices), self._token_bytes, tuple(echoes), created, began_s)
 
 
 class Reply(Response):
@@ -192,7 +208,6 @@ class Reply(Response):
         self._first = b""
         self.background = None
         self.status_code = 200
-        service.busy += 1
 
     async def begin(self) -> None:
         """Wait for the whole reply, or for the first of a stream. Raises ApiError and Gone, before anything is sent."""

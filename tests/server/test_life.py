@@ -10,11 +10,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from testbed.engine.models.create import Sizes, create_model
 from tests.server.serving import CONSTANT, PATIENCE_S, Serving, descendants, serving, wait_gone
 
 SLOW = ("--backend", "paced", "--set", "device={constant: {prefill_ns: 1000000, decode_ns: 20000000}}")
@@ -76,10 +79,14 @@ def test_parts_end_with_their_parent(tmp_path: Path) -> None:
 
 
 def test_running_requests_end_before_the_server_does(tmp_path: Path) -> None:
+    """Also where the signal comes twice at once, as ``timeout`` sends it."""
     with (
         serving(tmp_path, *SLOW, *SMALL) as server,
         server.streaming("/v1/completions", body(100)) as reply,
+        half_sent(server, b'{"prompt": "x"}') as late,
     ):
+        os.kill(server.process.pid, signal.SIGTERM)
+        time.sleep(0.02)
         os.kill(server.process.pid, signal.SIGTERM)
         server.wait_for("SIGTERM")
         until = time.monotonic() + PATIENCE_S
@@ -87,10 +94,24 @@ def test_running_requests_end_before_the_server_does(tmp_path: Path) -> None:
             assert time.monotonic() < until
         status, headers, data = server.request("POST", "/v1/completions", {"prompt": "x"})
         assert status == 503 and headers["retry-after"] and "about to end" in json.loads(data)["error"]["message"]
+        late.send(b"}")
+        assert late.getresponse().status == 503
         events = reply.read().decode().strip().split("\n\n")
         assert len(events) == 101 and events[-1] == "data: [DONE]"
         assert server.ended() == 0
         assert server.errors == ""
+
+
+@contextmanager
+def half_sent(server: Serving, body: bytes) -> Iterator[http.client.HTTPConnection]:
+    """A connection with a request that lacks its last byte."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE_S)
+    with closing(connection):
+        connection.putrequest("POST", "/v1/completions")
+        connection.putheader("Content-Type", "application/json")
+        connection.putheader("Content-Length", str(len(body)))
+        connection.endheaders(body[:-1])
+        yield connection
 
 
 def test_a_drain_has_an_end(tmp_path: Path) -> None:
@@ -114,9 +135,40 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
         os.kill(server.process.pid, signal.SIGTERM)
         server.wait_for("SIGTERM")
         os.kill(server.process.pid, signal.SIGTERM)
+        server.wait_for("SIGTERM again")
         assert server.ended() == 128 + signal.SIGTERM
         with pytest.raises((http.client.IncompleteRead, ConnectionError)):
             reply.read()
+
+
+def test_health_is_not_told_where_the_engine_turns_away(tmp_path: Path) -> None:
+    full = ("--set", "engine.max_running_requests=1", "--set", "engine.max_queued_requests=1")
+    with serving(tmp_path, *SLOW, *SMALL, *full) as server:
+        assert server.request("GET", "/health_generate")[0] == 200
+        with (
+            server.streaming("/v1/completions", body(3000)) as running,
+            server.streaming("/v1/completions", body(10), wait=False),
+        ):
+            running.readline()
+            while server.state()["waiting"] == 0:
+                pass
+            status, headers, _ = server.request("GET", "/health_generate")
+            assert status == 503 and headers["retry-after"]
+
+
+def test_a_model_without_a_tokenizer_has_ours_and_that_is_said(tmp_path: Path) -> None:
+    """Its own end of sequence is none of ours then: nothing could end what a grammar allows."""
+    model = create_model("qwen3-0.6b", tmp_path / "model", Sizes(vocab=9000))
+    (model / "tokenizer.json").unlink()
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((model / name).read_text(encoding="utf-8"))
+        (model / name).write_text(json.dumps({**settings, "eos_token_id": 8999}), encoding="utf-8")
+    settings = ("--set", "engine.dtype=float32", "--set", "engine.context_length=512", *SMALL)
+    with serving(tmp_path, "--model", str(model), *settings) as server:
+        assert any("no tokenizer.json" in line for line in server.said)
+        server.ask("POST", "/v1/completions", {"prompt": "x", "max_tokens": 4, "ignore_eos": True})
+        status, _, data = server.request("POST", "/v1/completions", {"prompt": "x", "regex": "a"})
+        assert status == 400 and b"compiles no grammars" in data
 
 
 def refused(folder: Path, *options: str) -> str:
@@ -128,6 +180,11 @@ def refused(folder: Path, *options: str) -> str:
     assert "Traceback" not in ended.stderr and "listening" not in ended.stdout
     assert not list(folder.glob("testbed-serve-*"))
     return ended.stderr
+
+
+@pytest.mark.parametrize("option", [("--device", "h100-sxm"), ("--output-tokens", "5")])
+def test_options_that_would_mean_nothing_are_refused(tmp_path: Path, option: tuple[str, str]) -> None:
+    assert "is an option of modelled devices" in refused(tmp_path, *option)
 
 
 def test_a_taken_port_is_told_at_once(tmp_path: Path) -> None:
@@ -147,6 +204,7 @@ def test_a_taken_port_is_told_at_once(tmp_path: Path) -> None:
         (("--limit", "m=1"), "there is no limit 'm'"),
         (("--tokenizer", "/nowhere"), "there is no tokenizer.json"),
         (("--host", "no.such.host.invalid"), "is no address"),
+        (("--host-profile", "nobody"), "host_inject: no preset or file is called 'nobody'"),
     ],
 )
 def test_wrong_options_are_refused_in_words(tmp_path: Path, options: tuple[str, ...], words: str) -> None:
