@@ -11,6 +11,7 @@ import numpy as np
 from testbed.batch import BatchShape
 from testbed.engine.device import Device
 from testbed.engine.inputs import NONE, Ints, SamplingNeeds, SlotSampling, StepInputs
+from testbed.engine.measure.operators import scattered
 from testbed.engine.options import EngineOptions
 from testbed.sampling import SamplingParams
 
@@ -54,6 +55,7 @@ class StepBench:
         self.info = device.info
         self._device = device
         self._page_size = options.page_size
+        self._pages = scattered(device.info.kv_tokens // options.page_size)
         self._params = params
         self._needs = needs
         self._hold = hold
@@ -106,7 +108,7 @@ class StepBench:
         page = inputs.positions[opening] // self._page_size
         opened = (inputs.decode_slots[opening] * self.info.table_width + page).astype(np.int32)
         inputs.places = np.concatenate((inputs.places, opened))
-        inputs.pages = np.concatenate((inputs.pages, first[opening] + page))
+        inputs.pages = np.concatenate((inputs.pages, self._pages[first[opening] + page]))
         self._index += 1
         inputs.index, inputs.needs = self._index, self._needs
         return inputs
@@ -131,4 +133,4 @@ class StepBench:
         slots, width = inputs.prefill_slots.tolist(), self.info.table_width
         places = [slot * width + np.arange(count) for slot, count in zip(slots, pages.tolist(), strict=True)]
         inputs.places = np.concatenate(places).astype(np.int32)
-        inputs.pages = np.arange(first, first + len(inputs.places), dtype=np.int32)
+        inputs.pages = self._pages[first : first + len(inputs.places)]
