@@ -141,22 +141,28 @@ def serve(part: Part) -> None:
     part.tell(Ready())
     while True:
         deltas: list[list[Delta]] = [[] for _ in replies]
+        ends: list[tuple[Ended, Delta]] = []
+        answers: list[Answer] = []
         for message in _arrived(outputs):
+            made: list[Delta] = []
             if isinstance(message, Answer):
-                replies[message.worker].send(wire.encode(_with_metrics(message, metrics)))
-                continue
-            if isinstance(message, StepTokens):
+                answers.append(message)
+            elif isinstance(message, StepTokens):
                 made, found = detokenizer.tokens(message)
                 for rid in found:
                     requests.send(wire.asked(wire.worker_of(rid), 0, AbortRequest(rid)))
             else:
                 made = [detokenizer.ended(message)]
-                _count(metrics, message, made[0])
+                ends.append((message, made[0]))
             for delta in made:
                 deltas[wire.worker_of(delta.rid)].append(delta)
         for socket, some in zip(replies, deltas, strict=True):
             if some:
                 socket.send(wire.encode(Deltas(some)))
+        for end, delta in ends:  # counted once the text is on its way, and before anybody is told the counts
+            _count(metrics, end, delta)
+        for answer in answers:
+            replies[answer.worker].send(wire.encode(_with_metrics(answer, metrics)))
 
 
 def _with_metrics(answer: Answer, metrics: ServerMetrics) -> Answer:
@@ -177,7 +183,7 @@ def _count(metrics: ServerMetrics, end: Ended, delta: Delta) -> None:
         metrics.later_tokens((times.ended_ns - times.first_token_ns) * 1e-9, finished.output_tokens - 1)
     queue_s = times.scheduled_ns * 1e-9 if times.scheduled_ns >= 0 else None
     cached, latency_s = end.cached_tokens, times.ended_ns * 1e-9
-    metrics.ended(finished.reason, end.prompt_tokens, cached, finished.output_tokens, latency_s, queue_s, end.grammar)
+    metrics.ended(finished.reason, end.prompt_tokens, cached, finished.output_tokens, latency_s, queue_s)
 
 
 def _arrived(outputs: zmq.Socket[bytes]) -> Iterator[wire.FromScheduler]:
