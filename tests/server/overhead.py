@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -249,7 +249,7 @@ def two_cores() -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-WAYS = {"in-process": in_process, "driven": driven}
+WAYS: dict[str, Callable[..., dict[str, Any]]] = {"in-process": in_process, "driven": driven}
 
 if __name__ == "__main__":
     print(json.dumps(WAYS[sys.argv[1]](**json.loads(sys.argv[2]))))
