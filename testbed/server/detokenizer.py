@@ -183,7 +183,7 @@ def _count(metrics: ServerMetrics, end: Ended, delta: Delta) -> None:
         metrics.later_tokens((times.ended_ns - times.first_token_ns) * 1e-9, finished.output_tokens - 1)
     queue_s = times.scheduled_ns * 1e-9 if times.scheduled_ns >= 0 else None
     cached, latency_s = end.cached_tokens, times.ended_ns * 1e-9
-    metrics.ended(finished.reason, end.prompt_tokens, cached, finished.output_tokens, latency_s, queue_s)
+    metrics.ended(finished.reason, end.prompt_tokens, cached, finished.output_tokens, latency_s, queue_s, end.grammar)
 
 
 def _arrived(outputs: zmq.Socket[bytes]) -> Iterator[wire.FromScheduler]:
