@@ -27,6 +27,7 @@ from tests.server.serving import ADMIN_KEY, Serving
 GROWTH_BYTES = 16 << 20
 """What a process may grow by: arenas of its allocator, caches that are bounded."""
 AT_ONCE = 64
+CALM_S = 4
 
 
 @dataclass
@@ -45,16 +46,16 @@ def attacked(server: Serving, name: str, count: int, modelled: bool) -> Attacked
     first = asyncio.run(attack_all(server.port, assortment(known, count // 10, seed=1), AT_ONCE))
     before, memory = held(server, WORKERS), resident_bytes(server)
     with steady(server, WORKERS, modelled=modelled) as calm:
-        time.sleep(2)
+        time.sleep(CALM_S)
     with steady(server, WORKERS, modelled=modelled) as others:
         rest = asyncio.run(attack_all(server.port, assortment(known, count - count // 10, seed=2), AT_ONCE))
     taken_s = time.monotonic() - begin_s
-    wrong = [*first.objections, *rest.objections, *calm.wrong, *others.wrong, *left_behind(server, WORKERS, before)]
+    wrong = [*left_behind(server, WORKERS, before), *calm.wrong, *others.wrong, *first.objections, *rest.objections]
     now = resident_bytes(server)
     grown = {part: now[part] - memory[part] for part in now if part in memory}
-    wrong += [f"{part} has grown by {size:,} bytes" for part, size in grown.items() if size > GROWTH_BYTES]
+    wrong = [f"{part} has grown by {size:,} bytes" for part, size in grown.items() if size > GROWTH_BYTES] + wrong
     if server.errors:
-        wrong.append(f"the server's log: {server.errors[-2000:]}")
+        wrong.insert(0, f"the server's log: {server.errors[-2000:]}")
     details = [
         f"{name}: {first.sent + rest.sent:,} requests of {len(first.kinds | rest.kinds)} kinds in {taken_s:.0f} s; "
         f"replies by status: {_statuses(first, rest)}",

@@ -29,17 +29,18 @@ class Tally:
         self.kinds[attack.name] += 1
         if heard is None:
             return
+        sent = b"".join(step for step in attack.steps if isinstance(step, bytes))
         found = replies(heard)
         self.statuses.update([reply.status for reply in found] or [CLOSED])
         first = found[0].status if found else CLOSED
-        wrong = [objected for reply in found if (objected := objection(reply))]
+        wrong = [objected for reply in found if (objected := objection(reply, sent))]
         if attack.answers and first not in (*attack.answers, 503):
             wrong.append(f"answered with {first or 'nothing'}, not one of {attack.answers}")
         if len(found) > attack.replies:
             wrong.append(f"{len(found)} replies")
         if heard and not found:
             wrong.append(f"an answer that is no HTTP: {heard[:100]!r}")
-        self.objections += [f"{attack.name}: {text} (sent {str(attack.steps)[:300]})" for text in wrong]
+        self.objections += [f"{attack.name}: {text} (sent {sent[-300:]!r})" for text in wrong]
 
 
 def assortment(known: Sequence[Attack], count: int, seed: int) -> Iterator[Attack]:

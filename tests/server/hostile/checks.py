@@ -13,6 +13,8 @@ def tells_nothing_of_its_inside(
 ) -> None:
     """Also: no status from 500 on but 503 with Retry-After, and errors that are error objects."""
     headers = {name.lower(): ", ".join(values) for name, values in response.headers.items()}
-    objected = objection(Reply(response.status_code, headers, response.content), bodiless=case.method == "HEAD")
+    sent = response.request.body or b""
+    told = Reply(response.status_code, headers, response.content)
+    objected = objection(told, sent.encode() if isinstance(sent, str) else sent, bodiless=case.method == "HEAD")
     if objected is not None:
         raise AssertionError(objected)

@@ -15,7 +15,7 @@ OPTIONS = (
     *("--set", "engine.kv_tokens=20000", "--set", "engine.max_running_requests=64"),
     *("--set", "engine.context_length=2048", "--max-queued", "1024"),
     *("--limit", "n=8", "--limit", "body_bytes=100000"),
-    *("--header-s", "1", "--body-s", "1", "--idle-s", "1", "--write-s", "1"),
+    *("--header-s", "2", "--body-s", "2", "--idle-s", "2", "--write-s", "1"),
     *("--api-key", USER_KEY, "--admin-key", ADMIN_KEY),
 )
 

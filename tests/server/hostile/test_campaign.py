@@ -87,6 +87,7 @@ def test_the_judge_objects(reply: Reply) -> None:
 
 
 def test_the_judge_accepts() -> None:
+    assert objection(error("Expected ::= behind /etc/passwd."), b'{"ebnf": "/etc/passwd"}') is None
     busy = error("Come again.", 503, **{"retry-after": "1"})._replace(body=b"")
     assert objection(GOOD) is None and objection(error("prompt is required.")) is None
     assert objection(busy, bodiless=True) is None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from typing import NamedTuple
 
 INSIDE = re.compile(
@@ -42,31 +41,33 @@ def _headers(lines: bytes) -> dict[str, str]:
     return {name.lower(): value for name, _, value in pairs}
 
 
-def objection(reply: Reply, *, bodiless: bool = False) -> str | None:
-    """Why a server must not answer so; None when it may. ``bodiless``: the request was a HEAD."""
+def objection(reply: Reply, sent: bytes = b"", *, bodiless: bool = False) -> str | None:
+    """Why a server must not answer so; None when it may. ``sent``: the request; its own words may be told to a client.
+    ``bodiless``: it was a HEAD."""
     status, headers, body = reply
     if status >= 500 and (status != 503 or not headers.get("retry-after", "").isdigit()):
         return f"status {status}: {body[:300]!r}"
-    if found := INSIDE.search(_outside(headers)):
-        return f"a header tells of the inside: {found[0]!r}"
+    if told := _told("\n".join(f"{name}: {value}" for name, value in headers.items()), sent):
+        return f"a header tells of the inside: {told}"
     if status < 400:
-        return _in_stream(body) if headers.get("content-type", "").startswith("text/event-stream") else None
-    return None if bodiless else _in_error(status, body)
+        return _in_stream(body, sent) if headers.get("content-type", "").startswith("text/event-stream") else None
+    return None if bodiless else _in_error(status, body, sent)
 
 
-def _outside(headers: Mapping[str, str]) -> str:
-    return "\n".join(f"{name}: {value}" for name, value in headers.items() if name != "date")
+def _told(text: str, sent: bytes) -> str:
+    """What ``text`` tells of the inside, where the request has not said it."""
+    return ", ".join(found[0] for found in INSIDE.finditer(text) if found[0].encode() not in sent)
 
 
-def _in_stream(body: bytes) -> str | None:
+def _in_stream(body: bytes, sent: bytes) -> str | None:
     """Of the errors that a stream tells."""
     for line in body.split(b"\n"):
         if line.startswith(b'data: {"error"'):
-            return _in_error(200, line[6:].strip())
+            return _in_error(200, line[6:].strip(), sent)
     return None
 
 
-def _in_error(status: int, body: bytes) -> str | None:
+def _in_error(status: int, body: bytes, sent: bytes) -> str | None:
     try:
         error = json.loads(body.decode("utf-8"), parse_constant=_refuse)["error"]
         message, kind = error["message"], error["type"]
@@ -75,8 +76,8 @@ def _in_error(status: int, body: bytes) -> str | None:
         return f"status {status} with a body that is no error object: {body[:200]!r}"
     if not complete or kind not in KINDS:
         return f"status {status} with an incomplete error: {body[:200]!r}"
-    if found := INSIDE.search(body.decode("utf-8")):
-        return f"an error tells of the inside: {found[0]!r} in {body[:300]!r}"
+    if told := _told(body.decode("utf-8"), sent):
+        return f"an error tells of the inside: {told} in {body[:300]!r}"
     return None
 
 
