@@ -33,7 +33,8 @@ class LoopContext:
         for message in messages:
             for output in self.scheduler.handle_message(self.now_ns, message):
                 self.outbox.send(output)
-        self._order_grammars()
+        if messages:
+            self._order_grammars()
 
     def get_next_batch_to_run(self) -> Batch | None:
         """The scheduler's decision."""
@@ -98,7 +99,7 @@ class LoopContext:
             for request in ended:
                 self.outbox.send(self.scheduler.output_of(request))
             self.cpu.charge(Stage.FINISH, len(ended))
-        self._order_grammars()
+            self._order_grammars()
 
     def _accept(self, batch: Batch, result: StepResult) -> None:
         """Grammars move on by what was drawn."""
@@ -109,13 +110,12 @@ class LoopContext:
     def _order_grammars(self) -> None:
         """Let the grammars of new requests be compiled, and those of ended ones go."""
         orders = self.scheduler.grammar_queue.orders
-        if orders:
-            for rank, spec in orders:
-                if spec is None:
-                    self.grammars.forget(rank)
-                else:
-                    self.grammars.compile(rank, spec)
-            orders.clear()
+        for rank, spec in orders:
+            if spec is None:
+                self.grammars.forget(rank)
+            else:
+                self.grammars.compile(rank, spec)
+        orders.clear()
 
     def self_check_during_idle(self) -> None:
         """An iteration that found nothing to do."""
