@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import testbed
-from testbed.messages import FlushCache, GetInternalState, Message
+from testbed.messages import FlushCache
 from testbed.server import wire
 from testbed.server.calls import Gone
 from testbed.server.protocol import native, openai, responses
@@ -146,7 +146,7 @@ class Api:
 
     async def metrics(self, request: Request) -> Response:
         """For Prometheus."""
-        return Response((await self._ask(GetInternalState())).metrics, media_type=CONTENT_TYPE_LATEST)
+        return Response((await self._state()).metrics, media_type=CONTENT_TYPE_LATEST)
 
     async def server_info(self, request: Request) -> Response:
         """Settings, and what the scheduler says of itself."""
@@ -163,7 +163,7 @@ class Api:
             "scenario": msgspec.json.decode(options.scenario),
             "worker": self._service.state(),
         }
-        state = (await self._ask(GetInternalState())).state
+        state = (await self._state()).state
         return _json(native.server_info(settings, state, testbed.__version__))
 
     async def model_info(self, request: Request) -> Response:
@@ -172,7 +172,7 @@ class Api:
 
     async def load(self, request: Request) -> Response:
         """How much there is to do."""
-        return _json(native.load([(await self._ask(GetInternalState())).state]))
+        return _json(native.load([(await self._state()).state]))
 
     async def abort(self, request: Request) -> Response:
         """End a request by its id; with the admin key all of them. Also well when there is none: it has ended."""
@@ -186,14 +186,18 @@ class Api:
 
     async def flush_cache(self, request: Request) -> Response:
         """Empty the prefix cache, if nothing waits or runs."""
-        answer = await self._ask(FlushCache())
+        answer = await self._in_time(self._service.calls.ask(FlushCache(), self._options.waits.answer_s))
         if not answer.success:
             raise ApiError(f"The cache was not flushed: {answer.message}.", code="not_idle")
         return Response("Cache flushed.\n", media_type="text/plain")
 
-    async def _ask(self, message: Message) -> Answer:
+    async def _state(self) -> Answer:
+        return await self._in_time(self._service.calls.state(self._options.waits.answer_s))
+
+    @staticmethod
+    async def _in_time(answer: Awaitable[Answer]) -> Answer:
         try:
-            return await self._service.calls.ask(message, self._options.waits.answer_s)
+            return await answer
         except TimeoutError:
             raise late() from None
 

@@ -7,11 +7,15 @@ from collections.abc import Iterable, Sequence
 
 import zmq
 
-from testbed.messages import AbortRequest, GenerateRequest, Message
+from testbed.messages import AbortRequest, GenerateRequest, GetInternalState, Message
 from testbed.server import wire
 from testbed.server.protocol.errors import ApiError, overloaded
 from testbed.server.replies import RETRY_AFTER_S
 from testbed.server.wire import Answer, Delta, Deltas
+
+STATE_EVERY_S = 0.02
+"""How soon after an answer the scheduler is asked for its state again, whoever wants it: the page of metrics that comes
+with it takes the detokenizer a millisecond or more."""
 
 
 class Gone(Exception):
@@ -67,6 +71,9 @@ class Calls:
         """Their ids, by the names that clients know."""
         self._answers: dict[int, asyncio.Future[Answer]] = {}
         self._asked = 0
+        self._next_state: asyncio.Task[Answer] | None = None
+        """The next question for the state, not sent yet."""
+        self._asking_state = asyncio.Lock()
         self._context = zmq.Context()
         self._requests, self._replies = self._context.socket(zmq.PUSH), self._context.socket(zmq.PULL)
         self._requests.sndhwm = 0  # what is open is bounded by max_open, and an abort or two belong to each
@@ -166,6 +173,21 @@ class Calls:
                 return answer
         finally:
             self._answers.pop(number, None)
+
+    async def state(self, within_s: float) -> Answer:
+        """The scheduler's state, not older than this call. All who want it while a question is under way share the next
+        one. Raises TimeoutError."""
+        if self._next_state is None:
+            self._next_state = asyncio.create_task(self._ask_state(within_s))
+        return await asyncio.shield(self._next_state)
+
+    async def _ask_state(self, within_s: float) -> Answer:
+        await self._asking_state.acquire()
+        self._next_state = None
+        try:
+            return await self.ask(GetInternalState(), within_s)
+        finally:
+            asyncio.get_running_loop().call_later(STATE_EVERY_S, self._asking_state.release)
 
     def close(self) -> None:
         """Say and hear nothing more."""

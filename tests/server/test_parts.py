@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,17 +12,19 @@ import pytest
 from testbed.api import Engine, build_engine
 from testbed.engine.tokenizer import FOLDER
 from testbed.loops.base import LoopContext
-from testbed.messages import GenerateRequest, TokenPrompt
+from testbed.messages import GenerateRequest, Message, TokenPrompt
 from testbed.runtime.paced import PacedDevice
 from testbed.runtime.traffic import Traffic
 from testbed.runtime.wall import ScheduledClients, WallClock, WallRuntime, run_to_the_end
 from testbed.sampling import SamplingParams
 from testbed.scenario.errors import InputError
 from testbed.scenario.load import load_scenario
+from testbed.server.calls import Calls
 from testbed.server.forgetful import ForgetfulLog, ForgetfulRecorder
 from testbed.server.logs import OneLine
 from testbed.server.modelled import ModelledLengths
 from testbed.server.options import find_tokenizer, load_serving, read_limits
+from testbed.server.wire import Answer
 from tests.server.serving import oracle_ids
 
 CONSTANT = "device={constant: {prefill_ns: 10000, decode_ns: 10000}}"
@@ -73,6 +77,30 @@ def test_a_server_keeps_nothing_of_what_has_ended() -> None:
     journal = recorder.journal
     assert not (journal.stamps or journal.arrivals or journal.sent or journal.tokens)
     assert not built.scheduler.invariants._ended and not built.scheduler.requests
+
+
+def test_however_many_want_the_state_the_scheduler_is_asked_once_at_a_time(tmp_path: Path) -> None:
+    """And nobody hears of a state before the question."""
+    asked: list[int] = []
+
+    class Counting(Calls):
+        async def ask(self, message: Message, within_s: float) -> Answer:
+            asked.append(len(asked))
+            await asyncio.sleep(0.01)
+            return Answer(0, asked[-1], True, "", {})
+
+    async def crowd() -> list[list[int]]:
+        calls = Counting(0, 1, str(tmp_path), 1)
+        crowds = []
+        for _ in range(3):  # each comes while the one before waits for its answer
+            crowds.append([asyncio.create_task(calls.state(1.0)) for _ in range(50)])
+            while len(asked) < len(crowds):
+                await asyncio.sleep(0)
+        answers = [[answer.number for answer in await asyncio.gather(*wanted)] for wanted in crowds]
+        calls.close()
+        return answers
+
+    assert asyncio.run(crowd()) == [[number] * 50 for number in range(3)]
 
 
 def lengths_of(settings: list[str]) -> ModelledLengths:
