@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +36,9 @@ RECORD = typer.Option(
     help="Keep every request, step and message, and write a run folder at the end; new or empty.",
     show_default=False,
 )
+
+NEEDED = ("fastapi", "httptools", "llguidance", "prometheus_client", "tokenizers", "uvicorn", "uvloop", "zmq")
+"""What the parts of a server import that the extra ``serve`` installs."""
 
 
 def serve(
@@ -74,9 +77,10 @@ def serve(
     record: Annotated[Path | None, RECORD] = None,
 ) -> None:
     """Serve a model to OpenAI's and SGLang's clients; Ctrl-C or SIGTERM lets running requests end first."""
-    with _needs_installing():
-        from testbed.server import launch
-        from testbed.server import options as serving
+    _check_installed()
+    from testbed.server import launch
+    from testbed.server import options as serving
+
     _check_modelled(backend, {"--device": device, "--output-tokens": output_tokens})
     shorthands = {"device": device, "host_inject": host_profile, "workload.lengths.output_tokens": output_tokens}
     given = [f"{field}={value}" for field, value in shorthands.items() if value is not None]
@@ -130,10 +134,9 @@ def _without_keys(arguments: Sequence[str], keys: Sequence[str]) -> str:
     return command
 
 
-@contextmanager
-def _needs_installing() -> Iterator[None]:
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        message = f"serving needs {error.name}, which is not installed"
-        raise InputError(message, where="serve", remedy="pip install 'testbed[serve]'") from error
+def _check_installed() -> None:
+    """Raises InputError where a part of the server could not be loaded: only its own process would see that."""
+    for name in NEEDED:
+        if find_spec(name) is None:
+            message = f"serving needs {name}, which is not installed"
+            raise InputError(message, where="serve", remedy="pip install 'testbed[serve]'")

@@ -26,6 +26,8 @@ SAVING_S = 600.0
 """How long the scheduler may write its run, where it was recorded."""
 TWICE_S = 0.2
 """Signals that come so close are one: ``timeout`` and ``uv run`` pass on what the whole process group was told."""
+LONGEST_FOLDER_BYTES = 90
+"""The path of a socket has at most 107 bytes (unix(7)), of which the longest name, ``/replies-63``, takes 11."""
 LATE_S = 5.0
 """How much later than its own deadline a worker may be done with its requests."""
 
@@ -269,6 +271,9 @@ def _folder() -> Iterator[str]:
     """A folder for sockets that nobody else may enter (mode 0700)."""
     folder = tempfile.mkdtemp(prefix="testbed-serve-")
     try:
+        if len(os.fsencode(folder)) > LONGEST_FOLDER_BYTES:
+            where = f"TMPDIR={tempfile.gettempdir()}"
+            raise InputError("the path is too long for sockets", where=where, remedy="name a shorter one")
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

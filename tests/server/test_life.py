@@ -12,11 +12,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from testbed.cli.main import invoke
+from testbed.cli.serve import NEEDED
 from testbed.engine.models.create import Sizes, create_model
 from tests.server.serving import CONSTANT, PATIENCE_S, Serving, descendants, serving, wait_gone
 
@@ -185,6 +188,22 @@ def refused(folder: Path, *options: str) -> str:
 @pytest.mark.parametrize("option", [("--device", "h100-sxm"), ("--output-tokens", "5")])
 def test_options_that_would_mean_nothing_are_refused(tmp_path: Path, option: tuple[str, str]) -> None:
     assert "is an option of modelled devices" in refused(tmp_path, *option)
+
+
+def test_a_temporary_folder_with_a_long_path_is_refused(tmp_path: Path) -> None:
+    """A socket's address has 107 bytes."""
+    folder = tmp_path / ("x" * 90)
+    folder.mkdir()
+    assert "TMPDIR" in refused(folder, *CONSTANT, *SMALL)
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_what_is_not_installed_is_told_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    monkeypatch.setattr("testbed.cli.serve.find_spec", lambda one: None if one == name else find_spec(one))
+    assert invoke(["serve", "--port", "0"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: serve: serving needs {name}, which is not installed")
 
 
 def test_a_taken_port_is_told_at_once(tmp_path: Path) -> None:
