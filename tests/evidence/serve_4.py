@@ -17,10 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.evidence.evidence import Evidence
-from tests.server.crowd import crowd
+from tests.server.crowd import crowd, options
 from tests.server.hostile.footprint import held, left_behind
 from tests.server.serving import Serving, serving
-from tests.server.test_crowds import options
 
 RECOVERY_S = 5.0
 TOKENS = 10

@@ -18,9 +18,18 @@ import aiohttp
 
 from tests.server.hostile.connections import Attack, Leave, Pause, perform, post
 from tests.server.hostile.verdict import replies
-from tests.server.serving import USER_KEY, oracle_ids, oracle_texts
+from tests.server.serving import ADMIN_KEY, USER_KEY, oracle_ids, oracle_texts
 
 HEADERS = {"Authorization": f"Bearer {USER_KEY}"}
+KEYS = ("--api-key", USER_KEY, "--admin-key", ADMIN_KEY)
+
+
+def options(step_ns: int, running: int, queued: int, workers: int) -> tuple[str, ...]:
+    """A modelled server whose decode steps take as long as is said, whatever is in them, and prefills 1 ms."""
+    device = f"device={{constant: {{prefill_ns: 1000000, decode_ns: {step_ns}}}}}"
+    sizes = ("--set", f"engine.max_running_requests={running}", "--set", "engine.kv_tokens=200000")
+    limits = ("--max-queued", str(queued), "--workers", str(workers))
+    return ("--backend", "paced", "--set", device, *sizes, *limits, *KEYS)
 
 
 def crowd(name: str, **settings: Any) -> Any:

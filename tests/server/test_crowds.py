@@ -6,31 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.server.crowd import crowd
+from tests.server.crowd import crowd, options
 from tests.server.hostile.footprint import held, left_behind
-from tests.server.serving import ADMIN_KEY, USER_KEY, Serving, serving
+from tests.server.serving import Serving, serving
 
 STEP_NS = 20_000_000
 RUNNING, QUEUED, TOKENS = 256, 32, 10
-KEYS = ("--api-key", USER_KEY, "--admin-key", ADMIN_KEY)
-
-
-def options(step_ns: int, running: int, queued: int, workers: int) -> tuple[str, ...]:
-    """A modelled server whose steps take as long as is said, whatever is in them."""
-    device = f"device={{constant: {{prefill_ns: {step_ns}, decode_ns: {step_ns}}}}}"
-    sizes = ("--set", f"engine.max_running_requests={running}", "--set", "engine.kv_tokens=200000")
-    return (
-        "--backend",
-        "paced",
-        "--set",
-        device,
-        *sizes,
-        "--max-queued",
-        str(queued),
-        "--workers",
-        str(workers),
-        *KEYS,
-    )
 
 
 @pytest.fixture(scope="module")
