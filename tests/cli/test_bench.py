@@ -54,6 +54,7 @@ def test_a_bench_is_reported_and_compared_with_a_simulation(folder: Path, capsys
     assert invoke(["compare", "bench", "bench", "-o", "twice"]) == OK
     for name, loads in (("both", 1), ("twice", 0)):
         assert len(list((folder / name / "figures").glob("load_*.svg"))) == loads
+        assert ("Load of each run" in (folder / name / "report.html").read_text(encoding="utf-8")) == bool(loads)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from testbed import api, simulate
+from testbed.messages import GenerateRequest, TokenPrompt
 from testbed.metrics.laws import violations
 from testbed.metrics.run import Run
 from testbed.scenario.errors import InputError
@@ -22,6 +23,7 @@ from testbed.study.bench import Server, bench, client
 from testbed.study.bench.exchange import Failure
 from testbed.study.compare import compare
 from testbed.tokens import stream_key
+from testbed.workload import TimedRequest
 from tests.study.stand_in import STREAM, Answer, Asked, StandIn, one_by_one
 
 REQUESTS = 12
@@ -397,7 +399,9 @@ class TestFailures:
         (note,) = [note for note in run.meta["notes"] if note.startswith("2 requests failed: ")]
         assert kind.replace("_", " ") in note and "the first, r3: " in note and message.lower() in note.lower()
         assert violations(run.records) == []
-        assert f"{('Failed ' + kind.replace('_', ' ')).capitalize() + ':':<40} 2" in run.table()
+        table_text = run.table()
+        assert f"{('Failed ' + kind.replace('_', ' ')).capitalize() + ':':<40} 2" in table_text
+        assert "Event loop" not in table_text
 
     def test_a_server_that_dies_loses_no_request(self) -> None:
         async def answer(asked: Asked) -> None:
@@ -471,10 +475,15 @@ class TestStarting:
         with pytest.raises(InputError, match="no server answers"):
             bench(Server(url), scenario())
 
-    @pytest.mark.parametrize("url", ["localhost:1", "ftp://x", "http://", "http://a/?b=1", "http://a:b@c", ""])
+    @pytest.mark.parametrize("url", ["localhost:1", "ftp://x", "http://", "http://a/?b=1", "http://a/#b", ""])
     def test_no_address(self, url: str) -> None:
-        with pytest.raises(InputError):
+        with pytest.raises(InputError, match="is no address of a server"):
             bench(Server(url), scenario())
+
+    def test_no_credentials_in_an_address(self) -> None:
+        with pytest.raises(InputError, match="may not hold credentials") as raised:
+            bench(Server("http://me:hush@127.0.0.1:9"), scenario())
+        assert "hush" not in str(raised.value)
 
     @pytest.mark.parametrize("path", ["", "/", "/v1", "/v1/"])
     def test_an_address_with_and_without_version(self, path: str) -> None:
@@ -511,6 +520,12 @@ class TestText:
             ids = timed.request.prompt.ids(vocab).tolist()
             assert server.asked[timed.request.rid].body["prompt"] == load_tokenizer().decode(ids)
         assert run.aggregates()["completed"] == REQUESTS
+
+    def test_special_tokens_of_a_drawn_prompt_are_no_text(self, tokenizer: Path) -> None:
+        asking = client.Asking(Server("http://x", tokenizer=tokenizer), "m", 0, 10)
+        request = GenerateRequest("r0", TokenPrompt(np.array([0, 1, 99, 5])), 1)
+        text = json.loads(asking.body(TimedRequest(0, request, 1)))["prompt"]
+        assert text and "<|" not in text
 
     def test_a_chat(self, tokenizer: Path) -> None:
         async def answer(asked: Asked) -> None:
