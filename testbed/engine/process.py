@@ -97,7 +97,7 @@ class ProcessDevice:
 
     def _lost(self) -> DeviceLost:
         try:
-            return DeviceLost(f"its process (a CPU worker) {_ending(self._process.wait(DYING_S))}")
+            return DeviceLost(f"its process (a CPU worker) {ending(self._process.wait(DYING_S))}")
         except subprocess.TimeoutExpired:
             return DeviceLost("its process (a CPU worker) answers no more")
 
@@ -123,7 +123,7 @@ class ProcessDevice:
         self.close()
 
 
-def _ending(status: int) -> str:
+def ending(status: int) -> str:
     """In words, how a process with this return code ended."""
     if status >= 0:
         return f"ended with status {status}"

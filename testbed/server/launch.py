@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from types import FrameType
 
+from testbed.engine.process import ending
 from testbed.scenario.errors import InputError
 from testbed.server import wire
 from testbed.server.options import ServeOptions
@@ -87,15 +88,9 @@ class Child:
     def _ending(self) -> str:
         """In words, how it ended."""
         try:
-            status = self.process.wait(DYING_S)
+            return ending(self.process.wait(DYING_S))
         except subprocess.TimeoutExpired:
             return "answers no more"
-        if status >= 0:
-            return f"ended with status {status}"
-        try:
-            return f"was killed by {signal.Signals(-status).name}"
-        except ValueError:
-            return f"was killed by signal {-status}"
 
     def end(self) -> None:
         """End it at once: it holds nothing that could be lost."""
