@@ -6,7 +6,10 @@ import json
 from typing import Any
 
 import pytest
+from starlette.requests import Request
 
+from testbed.server.app import Keys
+from testbed.server.protocol.errors import ApiError
 from tests.server.serving import ADMIN_KEY, TOKENIZER, USER_KEY, Serving, oracle_ids
 
 RIGHTS = {
@@ -151,6 +154,23 @@ def test_all_is_aborted_by_administrators_only(paced: Serving) -> None:
         last = json.loads(reply.read().decode().strip().split("\n\n")[-2].removeprefix("data: "))
         assert last["meta_info"]["finish_reason"]["type"] == "abort"
     paced.comes_to_rest()
+
+
+@pytest.mark.parametrize("path", ["/v1/completions/", "/generate/", "//generate"])
+def test_nothing_is_redirected(paced: Serving, path: str) -> None:
+    """The place to go to would be the host that the client names."""
+    status, headers, _ = paced.request("POST", path, {"prompt": "x"}, {"Host": "evil.example"})
+    assert status == 404 and "location" not in headers
+
+
+@pytest.mark.parametrize("key", ["key", "a b", "Schlüssel", "鍵", "\udcff"])
+def test_a_key_is_any_bytes(key: str) -> None:
+    sent = b"Bearer " + key.encode("utf-8", "surrogateescape")
+    request = Request({"type": "http", "headers": [(b"authorization", sent)]})
+    Keys(key, "admin").check(request, "user")
+    for other in (key + "x", key[:-1], ""):
+        with pytest.raises(ApiError):
+            Keys(other or "other", "admin").check(request, "user")
 
 
 def test_every_address_has_the_rights_of_the_table(paced: Serving, tiny: Serving) -> None:
