@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import fields
 from pathlib import Path
 
 import msgspec
 
+from testbed.api import build_engine
 from testbed.cli.main import app
-from testbed.server.options import OUTPUT_TOKENS, ServeOptions, Waits
+from testbed.server.forgetful import ForgetfulRecorder
+from testbed.server.options import OUTPUT_TOKENS, ServeOptions, Waits, load_serving
 from testbed.server.protocol.limits import Limits
 from tests.server.test_native import RIGHTS
 
-PAGE = (Path(__file__).parents[2] / "docs" / "server.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "server.md").read_text(encoding="utf-8")
 
 
 def test_every_limit_has_its_row() -> None:
@@ -41,3 +45,18 @@ def test_options_and_their_defaults_are_the_programs_own() -> None:
         assert f"`--{name.replace('_', '-')}` {getattr(Waits(), name):g}" in PAGE
     law = ", ".join(f"{name}: {value}" for name, value in OUTPUT_TOKENS.items())
     assert law in PAGE.replace("\n", " ")
+
+
+def test_modelled_servers_that_pages_start_have_room_for_their_model() -> None:
+    pages = PAGE + (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^testbed serve --backend paced ([^#\n]+)", pages, re.MULTILINE)
+    assert len(commands) >= 2
+    for command in commands:
+        words = shlex.split(command)
+        options = list(zip(words[::2], words[1::2], strict=True))
+        given = dict(options)
+        settings = [value for name, value in options if name == "--set"]
+        settings += [f"device={given['--device']}"] if "--device" in given else []
+        assert set(given) <= {"--model", "--device", "--set"}, command
+        scenario = load_serving(given["--model"], "paced", settings).scenario
+        assert build_engine(scenario, recorder=ForgetfulRecorder()).kv_tokens > 10_000
