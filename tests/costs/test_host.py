@@ -102,7 +102,7 @@ def test_no_argument_makes_a_stage_cheaper(
     host = load_host(name)
     larger = [size + (more if i == which else 0) for i, size in enumerate(sizes)]
     kinds = {bool(new_tokens or admitted) for _, new_tokens, admitted, _, _ in (sizes, larger)}
-    assert 0 <= host.price(stage, *sizes)
+    assert host.price(stage, *sizes) >= 0
     assert len(kinds) > 1 or host.price(stage, *sizes) <= host.price(stage, *larger)  # a kind of step has its own line
 
 
