@@ -126,7 +126,7 @@ def source_of(target: Target, minutes: float, arguments: argparse.Namespace) -> 
 def on_gpu(arguments: argparse.Namespace) -> None:
     """Both models and both hosts, the most telling first, as long as the time allows."""
     until = monotonic() + arguments.budget
-    for place, model in enumerate(GPU_MODELS):
+    for place, model in enumerate(GPU_MODELS if has_cuda() else GPU_MODELS[:1]):
         with gpu(model) as target:
             minutes = min(arguments.minutes, 1.5 if has_cuda() else 0.1)
             own = calibrated(target, minutes, arguments.folder / "profiles" / target.name)
