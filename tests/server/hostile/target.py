@@ -12,8 +12,7 @@ from tests.server.serving import ADMIN_KEY, CONSTANT, USER_KEY, Serving, serving
 
 WORKERS = 2
 OPTIONS = (
-    *("--set", "engine.kv_tokens=20000", "--set", "engine.max_running_requests=64"),
-    *("--set", "engine.context_length=2048", "--max-queued", "1024"),
+    *("--set", "engine.kv_tokens=20000", "--set", "engine.max_running_requests=64", "--max-queued", "1024"),
     *("--limit", "n=8", "--limit", "body_bytes=100000"),
     *("--header-s", "2", "--body-s", "2", "--idle-s", "2", "--write-s", "1"),
     *("--api-key", USER_KEY, "--admin-key", ADMIN_KEY),
@@ -22,8 +21,9 @@ OPTIONS = (
 
 @contextmanager
 def target(folder: Path, *options: str, modelled: bool = True, workers: int = WORKERS) -> Iterator[Serving]:
-    """One that takes requests; gone when the block ends. Not ``modelled``: the tiny model computes."""
-    backend = CONSTANT if modelled else ()
+    """One that takes requests; gone when the block ends. Not ``modelled``: the tiny model computes, and a request that
+    asks for as much as fits is not to take minutes."""
+    backend = (*CONSTANT, "--set", "engine.context_length=2048") if modelled else ("--set", "engine.context_length=1024")
     with serving(folder, *backend, *OPTIONS, "--workers", str(workers), *options) as server:
         yield server
 
