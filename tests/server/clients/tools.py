@@ -127,8 +127,9 @@ def aiperf_read(folder: Path) -> Reported:
 
 
 GUIDELLM_AT_ONCE = 4
-"""Requests that may be open at a time. Its clock starts before it is ready to send, and what was due by then leaves in one
-burst (40 requests at a rate of 4/s were seen within 4.6 s): then the time of its own event loop is in what it reports."""
+"""Requests that may be open at a time. Its clock starts before it is ready to send, and what was due by then leaves in
+one burst (40 requests at a rate of 4/s were seen within 4.6 s): then the time of its own event loop is in what it
+reports."""
 
 
 def guidellm_arguments(load: Load, folder: Path) -> list[str]:
