@@ -83,7 +83,7 @@ class DrawDevice(LogitsDevice):
         self.close: dict[int, NDArray[np.bool_]] = {}
         """By launch: bool [rows]."""
         assert self._runner is not None
-        sampler = self._runner._sampler
+        sampler = self._runner.sampler
         draw: Callable[..., Sampled] = sampler.sample
 
         def sample(logits: Tensor, slots: Tensor, positions: Tensor, needs: Any, *others: Any) -> Sampled:

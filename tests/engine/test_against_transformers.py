@@ -119,7 +119,7 @@ class WrongWeight(LogitsDevice):
 
     def __init__(self, options: EngineOptions) -> None:
         super().__init__(options)
-        self._runner._decoder._weights.layers[1].qkv[3, 5] += 0.003
+        self._runner.decoder.weights.layers[1].qkv[3, 5] += 0.003
 
 
 @pytest.mark.parametrize("wrong", [WrongPage, WrongToken, WrongWeight])
