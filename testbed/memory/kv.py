@@ -1,7 +1,7 @@
 """KV memory as one: slots, pages and prefix cache, and the moves of pages between their owners.
 
-    free --extend--> owned --publish/release--> cached --evict--> free
-                       '------release/drop------> free or quarantined
+free --extend--> owned --publish/release--> cached --evict--> free
+                   '------release/drop------> free or quarantined
 """
 
 from __future__ import annotations

@@ -130,9 +130,17 @@ class Leaper:
         pages, free_tokens = self._take_pages(steps)
         ratios = self._decay(steps)
         records = {
-            "step": np.arange(first, first + steps), "mode": ForwardMode.DECODE, "launch_ns": begin,
-            "start_ns": start, "end_ns": end, "rows": rows, "decode_rows": rows, "running": rows, "graph": graph,
-            "context_tokens": context, "free_tokens": free_tokens,
+            "step": np.arange(first, first + steps),
+            "mode": ForwardMode.DECODE,
+            "launch_ns": begin,
+            "start_ns": start,
+            "end_ns": end,
+            "rows": rows,
+            "decode_rows": rows,
+            "running": rows,
+            "graph": graph,
+            "context_tokens": context,
+            "free_tokens": free_tokens,
             "evictable_tokens": self._memory.cache.evictable_tokens,
         }
         recorder.steps_at_once(records, ratios, done)

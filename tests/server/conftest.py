@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import openai
 import pytest
 
 from tests.server.serving import ADMIN_KEY, CONSTANT, USER_KEY, Serving, serving
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A short one: servers keep sockets below it, whose addresses have 107 bytes, and pytest's own paths carry the name
+    of the test and of the process that runs it."""
+    with tempfile.TemporaryDirectory(prefix="test-") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="session")

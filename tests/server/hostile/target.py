@@ -23,7 +23,8 @@ OPTIONS = (
 def target(folder: Path, *options: str, modelled: bool = True, workers: int = WORKERS) -> Iterator[Serving]:
     """One that takes requests; gone when the block ends. Not ``modelled``: the tiny model computes, and a request that
     asks for as much as fits is not to take minutes."""
-    backend = (*CONSTANT, "--set", "engine.context_length=2048") if modelled else ("--set", "engine.context_length=1024")
+    context = f"engine.context_length={2048 if modelled else 1024}"
+    backend = (*(CONSTANT if modelled else ()), "--set", context)
     with serving(folder, *backend, *OPTIONS, "--workers", str(workers), *options) as server:
         yield server
 
