@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,12 +76,55 @@ class Pending(Protocol):
         """Waits until the device has done the batch."""
         ...
 
+    def activations(self) -> object:
+        """What the next stage of a pipeline computes on; known at once, complete when the device has done the batch.
+        It goes through a ``Channel`` and into the next stage's ``launch``."""
+        ...
+
 
 class Executor(Protocol):
     """The device: works in launch order."""
 
-    def launch(self, batch: Batch, defer_sampling: bool = False) -> Pending:
-        """Give ``batch`` to the device; returns at once."""
+    def launch(self, batch: Batch, defer_sampling: bool = False, after: object = None) -> Pending:
+        """Give ``batch`` to the device; returns at once. ``after``: activations of the stage before: the device waits
+        for them, the host does not."""
+        ...
+
+
+class Channel(Protocol):
+    """One direction of the link between neighbouring loops: whatever is sent arrives, whole and in order."""
+
+    def send(self, item: object) -> None:
+        """Returns at once."""
+        ...
+
+    async def recv(self) -> Any:
+        """The next item; waits for it."""
+        ...
+
+
+class Neighbours(Protocol):
+    """A stage's place in the ring of a pipeline: the last stage's ``next`` is stage 0."""
+
+    @property
+    def stage(self) -> int: ...  # noqa: D102
+    @property
+    def stages(self) -> int: ...  # noqa: D102
+    @property
+    def previous(self) -> Channel: ...  # noqa: D102
+    @property
+    def next(self) -> Channel: ...  # noqa: D102
+
+
+class Peers(Protocol):
+    """Other engines, by name. What goes to them may come late, twice or never."""
+
+    def send(self, engine: str, message: Message) -> None:
+        """Into that engine's inbox."""
+        ...
+
+    def transfer(self, engine: str, message: Message, size_bytes: int) -> None:
+        """As ``send``, behind ``size_bytes`` of KV, which share the link with everybody else's."""
         ...
 
 
@@ -131,3 +174,7 @@ class Ports(Protocol):
     def outbox(self) -> Outbox: ...  # noqa: D102
     @property
     def grammars(self) -> Grammars: ...  # noqa: D102
+    @property
+    def neighbours(self) -> Neighbours: ...  # noqa: D102
+    @property
+    def peers(self) -> Peers: ...  # noqa: D102
