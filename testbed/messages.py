@@ -101,6 +101,8 @@ class GenerateRequest(_Incoming, frozen=True):
     """None: nobody wants text."""
     grammar: GrammarSpec | None = None
     """The request waits until it is compiled. It says where the output ends: ``ignore_eos`` has no effect."""
+    data_parallel_rank: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)] | None = None
+    """The replica that it should go to, where its session was before; None: the router chooses."""
 
 
 class BatchGenerateRequest(_Incoming, frozen=True):
@@ -163,6 +165,23 @@ Message = (
     | SlowDown
     | Timer
 )
+
+
+class LoadReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a replica tells its router of itself."""
+
+    running: int
+    """Requests that hold memory."""
+    waiting: int
+    """Requests that wait for it."""
+    used_tokens: int
+    """KV tokens that requests hold: neither free nor cached for nobody."""
+    waiting_tokens: int
+    """Prompt tokens whose KV is still to be computed."""
+    steps: int
+    """Steps whose result has been processed."""
+    received: int
+    """Requests that have come in since the start, refused ones too: which of them this report covers."""
 
 
 def _from_array(value: Any) -> bytes:

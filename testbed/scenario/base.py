@@ -18,6 +18,8 @@ PositiveInt = Annotated[int, Field(gt=0), AfterValidator(_stored)]
 NonNegativeInt = Annotated[int, Field(ge=0), AfterValidator(_stored)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PluginPath = Annotated[str, Field(pattern=r"^[\w./-]+:\w+$", description="package.module:name | path/to/file.py:name")]
+"""``package.module:name`` or ``path/to/file.py:name``: the user's own loop, strategy, policy, router or cost model."""
 
 
 class Model(BaseModel):
