@@ -11,50 +11,38 @@ import gc
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import testbed
-from testbed.costs import (
-    CostModel,
-    DeviceProfile,
-    HostProfile,
-    build_cost_model,
-    build_host_profile,
-    kv_capacity_tokens,
-    load_device,
-    load_host,
-)
+from testbed.costs import load_host
+from testbed.deployment import Engine, build_engine, build_engines
+from testbed.deployment.simulated import Simulation
 from testbed.engine.builder import InputBuilder
 from testbed.engine.device import Device, open_device, processor_name
 from testbed.engine.models.config import load_decoder_config
 from testbed.engine.options import DeviceInfo, EngineOptions
 from testbed.loops.base import LoopContext
-from testbed.loops.select import LOOPS, EventLoop, find_loop
 from testbed.memory import OutOfPages
-from testbed.metrics.journal import Setting
-from testbed.metrics.recorder import Recorder
+from testbed.metrics.recorder import records_of
 from testbed.metrics.run import Run
-from testbed.runtime import virtual, wall
-from testbed.runtime.leap import Leaper
+from testbed.runtime import wall
 from testbed.runtime.modelled import OutOfMemory
-from testbed.runtime.oracle import Oracle
 from testbed.runtime.paced import PacedDevice
 from testbed.runtime.real import RealDevice
 from testbed.runtime.traffic import Traffic
 from testbed.scenario.errors import InputError
 from testbed.scenario.load import load_scenario, resolve
-from testbed.scenario.models import ModelSpec, load_model
-from testbed.scenario.plugins import is_plugin, load_callable, load_coroutine, own_faults
-from testbed.scenario.schema import EngineConfig, Scenario
+from testbed.scenario.plugins import own_faults
+from testbed.scenario.schema import Scenario
+from testbed.scheduler.decisions import join_logs
 from testbed.scheduler.invariants import InvariantError
-from testbed.scheduler.scheduler import Checks, Scheduler
-from testbed.workload import Workload, build_workload
+from testbed.scheduler.scheduler import Checks
 
 Progress = Callable[[int, int, int, int, int | None], None]
 """Called now and then with (virtual or wall time in ns, requests ended, running, waiting, requests in all if known)."""
@@ -64,102 +52,6 @@ PROGRESS_EVERY_NS = 500_000_000
 """Of a run on the wall clock."""
 SOME_TOKENS = 1 << 20
 """A KV capacity to check a scenario with before a device says what it holds."""
-
-
-@dataclass(slots=True)
-class Engine:
-    """Everything a scenario names, built: what both clocks need before the first message."""
-
-    scenario: Scenario
-    model: ModelSpec
-    device: DeviceProfile | None
-    """None for a device of constant times."""
-    cost_model: CostModel
-    host: HostProfile
-    kv_tokens: int
-    context_length: int
-    loop_name: str
-    loop: EventLoop
-    scheduler: Scheduler
-    recorder: Recorder
-    workload: Workload
-    oracle: Oracle
-
-
-def build_engine(
-    scenario: Scenario,
-    *,
-    checks: Checks = "delta",
-    real: DeviceInfo | None = None,
-    recorder: Recorder | None = None,
-) -> Engine:
-    """Build what ``scenario`` names. ``real``: the device that will run it; its memory counts, not that of the modelled
-    one. ``recorder``: None: one that keeps everything. Raises InputError for anything that cannot run."""
-    base_dir = Path.cwd()
-    config = scenario.engine
-    model = load_model(scenario.model)
-    device = load_device(scenario.device) if isinstance(scenario.device, str) else None
-    kv_tokens = real.kv_tokens if real else _kv_tokens(scenario, model, device)
-    context_length = real.context_length if real else config.context_length or model.max_positions
-    loop_name, loop = build_loop(config)
-    setting = Setting(
-        loop=loop_name,
-        vocab_size=model.vocab,
-        kv_tokens=kv_tokens,
-        context_length=context_length,
-        seed=scenario.seed,
-    )
-    scheduler = build_scheduler(config, setting, checks=checks, recorder=recorder)
-    capacity_tokens = scheduler.memory.allocator.capacity_tokens
-    workload = build_workload(
-        scenario.workload,
-        seed=scenario.seed,
-        context_length=scheduler.max_prompt_tokens,
-        bound_by="engine.kv_tokens" if capacity_tokens < context_length else "engine.context_length",
-        vocab_size=model.vocab,
-        base_dir=base_dir,
-    )
-    return Engine(
-        scenario=scenario,
-        model=model,
-        device=device,
-        cost_model=build_cost_model(scenario),
-        host=build_host_profile(scenario),
-        kv_tokens=capacity_tokens,
-        context_length=context_length,
-        loop_name=loop_name,
-        loop=loop,
-        scheduler=scheduler,
-        recorder=scheduler.recorder,
-        workload=workload,
-        oracle=Oracle(scenario.seed, model.vocab, scheduler.memory.slots.count),
-    )
-
-
-def build_loop(config: EngineConfig) -> tuple[str, EventLoop]:
-    """The event loop that ``config`` names, and its resolved name. Raises InputError when there is none."""
-    if is_plugin(config.loop):
-        return config.loop, load_coroutine(config.loop, Path.cwd(), where="engine.loop", takes=("loop",))
-    return find_loop(config.loop, config.parallel.pp)
-
-
-def build_scheduler(
-    config: EngineConfig, setting: Setting, *, checks: Checks = "delta", recorder: Recorder | None = None
-) -> Scheduler:
-    """The scheduler of an engine. Its journal begins with ``setting``: what replaying needs beside the scenario."""
-    recorder = recorder or Recorder()
-    recorder.journal.setting = setting
-    return Scheduler(
-        config,
-        kv_tokens=setting.kv_tokens,
-        context_length=setting.context_length,
-        vocab_size=setting.vocab_size,
-        seed=setting.seed,
-        policy=_own_policy(config.policy, Path.cwd()),
-        strategy=_own_strategy(config.batching, Path.cwd()),
-        recorder=recorder,
-        checks=checks,
-    )
 
 
 def simulate(
@@ -177,21 +69,16 @@ def simulate(
     scenario that cannot run, Deadlock when a strategy leaves requests waiting for ever, InvariantError for a defect
     of the program.
     """
-    engine = build_engine(_one(scenario, seed), checks=checks)
-    runtime = virtual.VirtualRuntime(
-        cost_model=engine.cost_model,
-        host=engine.host,
-        recorder=engine.recorder,
-        oracle=engine.oracle,
-        workload=engine.workload,
-    )
-    if leap and engine.loop in LOOPS.values() and engine.scheduler.strategy_is_ours:
-        runtime.leap = Leaper(engine.scheduler, runtime).try_leap
+    engines = build_engines(_one(scenario, seed), checks=checks)
+    simulation = Simulation(engines, leap=leap)
+    traffic = simulation.traffic
     if progress is not None:
-        _report_progress(engine, runtime.traffic, progress, lambda: engine.scheduler.steps, PROGRESS_EVERY_STEPS)
-    with own_faults(), _memory_rules(engine), _rare_collections():
-        virtual.run_to_the_end(engine.loop(LoopContext(engine.scheduler, runtime)), runtime)
-    return _run(engine, runtime.traffic, "simulated")
+        _report_progress(
+            engines, traffic, progress, lambda: sum(e.scheduler.steps for e in engines), PROGRESS_EVERY_STEPS
+        )
+    with own_faults(), _memory_rules(engines[0]), _rare_collections():
+        simulation.run()
+    return _run(engines, traffic, "simulated")
 
 
 def execute(
@@ -256,10 +143,10 @@ def _execute(
         inject=inject,
     )
     if progress is not None:
-        _report_progress(engine, traffic, progress, clock.now_ns, PROGRESS_EVERY_NS)
+        _report_progress([engine], traffic, progress, clock.now_ns, PROGRESS_EVERY_NS)
     with own_faults(), _memory_rules(engine), wall.stops_on_interrupt(clock):
         wall.run_to_the_end(engine.loop(LoopContext(engine.scheduler, runtime)))
-    return _run(engine, traffic, label, info, interrupted=clock.stopping)
+    return _run([engine], traffic, label, info, interrupted=clock.stopping)
 
 
 def check_real(scenario: Scenario) -> EngineOptions:
@@ -345,91 +232,77 @@ def _memory_rules(engine: Engine) -> Iterator[None]:
         raise
 
 
-def _own_strategy(name: str, base_dir: Path) -> Any:
-    """The user's own batching strategy, made: a class is called without arguments."""
-    if not is_plugin(name):
-        return None
-    with own_faults():
-        strategy = load_callable(name, base_dir, where="engine.batching")()
-    if not callable(getattr(strategy, "next_batch", None)):
-        remedy = "give it def next_batch(self, scheduler)"
-        raise InputError(f"{name} has no method 'next_batch'", where="engine.batching", remedy=remedy)
-    return strategy
-
-
-def _own_policy(name: str, base_dir: Path) -> Any:
-    """The user's own policy: a function that sorts the waiting list."""
-    if not is_plugin(name):
-        return None
-    return load_callable(name, base_dir, where="engine.policy", takes=("waiting", "scheduler"))
-
-
-def _kv_tokens(scenario: Scenario, model: ModelSpec, device: DeviceProfile | None) -> int:
-    if device is not None:
-        return kv_capacity_tokens(model, device, scenario.engine)
-    if scenario.engine.kv_tokens is None:
-        raise InputError(
-            "a device of constant times has no memory that a KV capacity would follow from",
-            where="engine.kv_tokens",
-            remedy="give engine.kv_tokens",
-        )
-    return scenario.engine.kv_tokens
-
-
 def _report_progress(
-    engine: Engine, traffic: Traffic, progress: Progress, reached: Callable[[], int], every: int
+    engines: Sequence[Engine], traffic: Traffic, progress: Progress, reached: Callable[[], int], every: int
 ) -> None:
     """Call ``progress`` whenever ``reached`` has grown by ``every``."""
-    scheduler, expected = engine.scheduler, engine.workload.expected_requests()
+    schedulers, expected = [engine.scheduler for engine in engines], engines[0].workload.expected_requests()
     due = every
 
     def step() -> None:
         nonlocal due
         if reached() >= due:  # a leap may pass it
             due = reached() + every
-            progress(scheduler.now_ns, traffic.ended, len(scheduler.running), len(scheduler.waiting), expected)
+            running, waiting = sum(len(one.running) for one in schedulers), sum(len(one.waiting) for one in schedulers)
+            progress(max(one.now_ns for one in schedulers), traffic.ended, running, waiting, expected)
 
-    scheduler.on_step = step
+    for scheduler in schedulers:
+        scheduler.on_step = step
 
 
 def _run(
-    engine: Engine, traffic: Traffic, label: str, info: DeviceInfo | None = None, *, interrupted: bool = False
+    engines: Sequence[Engine],
+    traffic: Traffic,
+    label: str,
+    info: DeviceInfo | None = None,
+    *,
+    interrupted: bool = False,
 ) -> Run:
     """Collect what the run leaves behind; every request that was sent has ended, each once, unless the run was
     interrupted. ``info``: the real device."""
     if not interrupted:
-        engine.scheduler.on_idle()
+        for engine in engines:
+            engine.scheduler.on_idle()
         if traffic.open or len(traffic.sent) != traffic.ended:
             raise InvariantError("ended_once", f"{len(traffic.sent)} requests were sent, {traffic.ended} ended")
-    run = run_of(engine, traffic.sent, label, info)
+    run = run_of(engines, traffic.sent, label, info)
     if interrupted:
         run.meta["interrupted"] = True
-        expected = engine.workload.expected_requests()
+        expected = engines[0].workload.expected_requests()
         ended = f"{traffic.ended:,}" if expected is None else f"{traffic.ended:,} of {expected:,}"
         run.meta["notes"].insert(0, f"interrupted: {ended} requests had ended, {traffic.open:,} were under way")
     return run
 
 
-def run_of(engine: Engine, sent: dict[str, tuple[int, str, str]], label: str, info: DeviceInfo | None = None) -> Run:
-    """What an engine's recorder has kept until now. ``sent``: (arrival_ns, session, tenant) by request id, in order of
-    arrival. ``info``: the real device."""
-    scheduler, recorder = engine.scheduler, engine.recorder
-    for name, count in scheduler.invariants.evaluations.items():
-        recorder.count(f"check_{name}", count)
-    recorder.count("steps", scheduler.steps)
-    recorder.count("evicted_tokens", scheduler.cache.evicted_tokens_total)
-    records = recorder.records(sent, scheduler.decision_log.bytes())
-    _price_work(engine, records.steps)
-    return Run(resolve(engine.scenario), records, _meta(engine, label, info))
+def run_of(
+    engines: Sequence[Engine], sent: dict[str, tuple[int, str, str]], label: str, info: DeviceInfo | None = None
+) -> Run:
+    """What the engines' recorders have kept until now. ``sent``: (arrival_ns, session, tenant) by request id, in order
+    of arrival. ``info``: the real device."""
+    for engine in engines:
+        scheduler, recorder = engine.scheduler, engine.recorder
+        for name, count in scheduler.invariants.evaluations.items():
+            recorder.count(f"check_{name}", count)
+        recorder.count("steps", scheduler.steps)
+        recorder.count("evicted_tokens", scheduler.cache.evicted_tokens_total)
+    logs = join_logs([engine.scheduler.decision_log.bytes() for engine in engines])
+    records = records_of([engine.recorder for engine in engines], sent, logs)
+    _price_work(engines, records.steps)
+    return Run(resolve(engines[0].scenario), records, _meta(engines, label, info))
 
 
-def _price_work(engine: Engine, steps: dict[str, Any]) -> None:
-    """FLOPs and bytes of every step, in one go."""
+def _price_work(engines: Sequence[Engine], steps: dict[str, Any]) -> None:
+    """FLOPs and bytes of every step, in one go an engine."""
     names = ("new_tokens", "prefix_tokens", "decode_rows", "context_tokens", "rows")
-    steps["flops"], steps["bytes"] = engine.cost_model.flops_and_bytes(*(steps[name] for name in names))
+    parts = []
+    for engine in engines:
+        mine = steps["replica"] == engine.place.number
+        parts.append(engine.cost_model.flops_and_bytes(*(steps[name][mine] for name in names)))
+    steps["flops"], steps["bytes"] = (np.concatenate(columns) for columns in zip(*parts, strict=True))
 
 
-def _meta(engine: Engine, label: str, info: DeviceInfo | None) -> dict[str, Any]:
+def _meta(engines: Sequence[Engine], label: str, info: DeviceInfo | None) -> dict[str, Any]:
+    engine = engines[0]
     scenario = engine.scenario
     unmeasured = [f"unmeasured: {what}" for what in engine.cost_model.unmeasured()] if info is None else []
     guesses = [f"guess: {what}" for what in engine.host.guesses()] if label == "simulated" else []
@@ -440,6 +313,7 @@ def _meta(engine: Engine, label: str, info: DeviceInfo | None) -> dict[str, Any]
         "device": info.name if info else engine.device.name if engine.device is not None else "constant",
         "host": engine.host.name if label == "simulated" else scenario.host_inject or "this machine",
         "kv_tokens": engine.kv_tokens,
+        **({"loops": [one.place.name for one in engines]} if len(engines) > 1 else {}),
         "notes": [*engine.workload.notes(), *(info.notes if info else ()), *unmeasured, *guesses],
         "provenance": provenance(scenario.seed),
     }

@@ -128,10 +128,10 @@ def _for_device(scenario: Scenario, settings: list[str] | None) -> Scenario:
 
 
 def _check(scenario: Scenario, paced: bool) -> None:
-    from testbed import api
+    from testbed import api, deployment
 
     if paced:
-        api.build_engine(scenario)
+        deployment.build_engines(scenario)
     else:
         api.check_real(scenario)
 

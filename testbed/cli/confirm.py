@@ -63,7 +63,7 @@ def confirm(
 
 def _check(loaded: LoadedScenario, variants: Mapping[str, Scenario], thresholds: list[Threshold], paced: bool) -> None:
     """Refuse what cannot run or be judged before anything has taken its time."""
-    from testbed import api
+    from testbed import api, deployment
     from testbed.study.confirm.errors import FIGURES
 
     for threshold in thresholds:
@@ -74,7 +74,7 @@ def _check(loaded: LoadedScenario, variants: Mapping[str, Scenario], thresholds:
             remedy = "use executor: real or paced, or the option --paced"
             raise InputError("there is nothing real to confirm a simulation with", where="executor", remedy=remedy)
         if paced or one.executor == "paced":
-            api.build_engine(one)
+            deployment.build_engines(one)
         else:
             api.check_real(one)
 

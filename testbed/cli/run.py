@@ -34,12 +34,12 @@ def run(
     loaded = options.read_scenario(scenario, settings, seed, percentiles)
 
     def check(one: Scenario) -> None:
-        from testbed import api
+        from testbed import api, deployment
 
         if one.executor == "real" and not paced:
             api.check_real(one)
         else:
-            api.build_engine(one)
+            deployment.build_engines(one)
 
     def execute(one: Scenario, tick: Progress | None) -> Any:
         from testbed import api

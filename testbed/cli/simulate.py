@@ -44,9 +44,9 @@ def simulate(
     loaded = options.read_scenario(scenario, settings, seed, percentiles)
 
     def check(one: Scenario) -> None:
-        from testbed import api
+        from testbed import deployment
 
-        api.build_engine(one)
+        deployment.build_engines(one)
 
     def execute(one: Scenario, tick: Progress | None) -> Any:
         from testbed import api

@@ -29,8 +29,8 @@ def validate(scenario: options.ScenarioFile, settings: options.Settings = None) 
 
 def implied(scenario: Scenario) -> Iterator[tuple[str, str]]:
     """What follows from a scenario, as (label, words); variants share most. Raises InputError when it cannot run."""
-    from testbed.api import build_engine
     from testbed.costs.capacity import kv_dtype
+    from testbed.deployment import build_engine
 
     engine, config = build_engine(scenario), scenario.engine
     yield "loop", engine.loop_name + (" (auto)" if config.loop == "auto" else "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from testbed.batch import Batch, StepResult
 from testbed.messages import BatchGenerateRequest, GenerateRequest, Message, Timer
-from testbed.ports import Cpu, Executor, Grammars, Inbox, Outbox, Pending, Ports, Stage
+from testbed.ports import Cpu, Executor, Grammars, Inbox, Neighbours, Outbox, Peers, Pending, Ports, Stage
 from testbed.request import Request
 from testbed.scheduler.open_rows import open_rows
 from testbed.scheduler.scheduler import Scheduler
@@ -20,6 +20,8 @@ class LoopContext:
         self.executor: Executor = ports.executor
         self.outbox: Outbox = ports.outbox
         self.grammars: Grammars = ports.grammars
+        self.neighbours: Neighbours = ports.neighbours
+        self.peers: Peers = ports.peers
         self.now_ns = 0
         """The stamp of this iteration: the only time that decisions may use."""
         self._unsampled: tuple[Batch, Pending] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from testbed.batch import Batch, StepResult
 from testbed.metrics.journal import Journal
 from testbed.metrics.records import REQUEST_COLUMNS, Column, Records
-from testbed.request import NEVER, Request
+from testbed.request import ADVANCES, NEVER, Request
 
 _STEP_FIELDS = (
     *("step", "mode", "launch_ns", "start_ns", "end_ns", "rows", "prefill_rows", "new_tokens", "prefix_tokens"),
@@ -27,6 +27,7 @@ _REQUEST_FIELDS = (
     *("prefill_ns", "decode_ns", "retracted_ns", "transfer_ns"),
 )
 DEVICE_LANE = 1
+NO_TIMES = np.empty(0, np.int64)
 
 
 class _Ended(NamedTuple):
@@ -43,11 +44,16 @@ class Recorder:
     """The records of one scheduler and its loop."""
 
     def __init__(self, replica: int = 0) -> None:
+        """``replica``: the loop's number in its deployment."""
         self.replica = replica
         self.journal = Journal()
         """What entered the scheduler."""
         self.advance_times = array("q")
         """When the tokens of decode step k were sent: element k - 1 (steps are counted as RunningBatch.advance)."""
+        self.keeps_requests = True
+        """False on a pipeline's stages behind the first, which tells the users and keeps what there is to say."""
+        self._later_times: list[array[int]] = []
+        """The same of micro-batches 1, 2, ..."""
         self.counters: dict[str, int] = {}
         self._steps = array("q")
         self._ratios = array("d")
@@ -59,6 +65,12 @@ class Recorder:
     def count(self, name: str, by: int = 1) -> None:
         """Add to a whole-run counter."""
         self.counters[name] = self.counters.get(name, 0) + by
+
+    def timeline(self, micro_batch: int) -> array[int]:
+        """Where the times of a micro-batch's decode steps are kept: element k - 1 is that of its step k."""
+        while len(self._later_times) < micro_batch:
+            self._later_times.append(array("q"))
+        return self._later_times[micro_batch - 1] if micro_batch else self.advance_times
 
     def step(self, batch: Batch, result: StepResult, sent_ns: int) -> None:
         """A launched batch whose result has been processed, and its tokens sent; called in launch order."""
@@ -100,6 +112,8 @@ class Recorder:
 
     def ended(self, request: Request, outputs: int, sent_ns: int) -> None:
         """A request's end was sent. Only figures are kept: the request and its tokens can go."""
+        if not self.keeps_requests:
+            return
         # What never happened lasts no time and lies at the end: the five durations sum to finish - arrival exactly.
         scheduled = request.first_scheduled_ns if request.first_scheduled_ns != NEVER else sent_ns
         first = request.first_token_ns if request.first_token_ns != NEVER else sent_ns
@@ -126,18 +140,7 @@ class Recorder:
 
     def records(self, sent: dict[str, tuple[int, str, str]], decisions: bytes) -> Records:
         """The columns. ``sent``: (arrival_ns, session, tenant) by request id, in order of arrival."""
-        steps = self._step_columns()
-        offsets, times = self._token_times(sent)
-        return Records(
-            requests=self._request_columns(sent, offsets, times),
-            steps=steps,
-            spans=self._span_columns(steps),
-            token_offsets=offsets,
-            token_times_ns=times,
-            decisions=decisions,
-            journal=self.journal,
-            counters=dict(sorted(self.counters.items())),
-        )
+        return records_of([self], sent, decisions)
 
     def _step_columns(self) -> dict[str, Any]:
         table = np.frombuffer(self._steps, dtype=np.int64).reshape(-1, len(_STEP_FIELDS))
@@ -158,40 +161,80 @@ class Recorder:
         lane[len(table) :] = DEVICE_LANE
         return {"lane": lane, **columns, "replica": np.full(len(lane), self.replica, dtype=np.int64)}
 
-    def _token_times(self, sent: dict[str, tuple[int, str, str]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Join each request's segments: pieces of the list of advance times, and single prefill tokens."""
-        advances = np.frombuffer(self.advance_times, dtype=np.int64) if self.advance_times else np.empty(0, np.int64)
-        offsets = np.zeros(len(sent) + 1, dtype=np.int64)
-        pieces: list[NDArray[np.int64]] = []
-        for i, rid in enumerate(sent):
-            total = 0
-            if rid in self._ended:
-                for first, count in self._ended[rid].segments:
-                    piece = advances[first : first + count] if first >= 0 else np.array([-1 - first])
-                    pieces.append(piece)
-                    total += count
-            offsets[i + 1] = offsets[i] + total
-        return offsets, np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+    def _pieces(self, rid: str) -> list[NDArray[np.int64]]:
+        """When an ended request sent its tokens: pieces of timelines, and single prefill tokens."""
+        return [self._sent_at(first, count) for first, count in self._ended[rid].segments]
 
-    def _request_columns(
-        self, sent: dict[str, tuple[int, str, str]], offsets: NDArray[np.int64], times: NDArray[np.int64]
-    ) -> dict[str, Column]:
-        never = _Ended((NEVER,) * len(_REQUEST_FIELDS), "", ())
-        ended = [self._ended.get(rid, never) for rid in sent]
-        table = np.array([request.figures for request in ended], dtype=np.int64).reshape(-1, len(_REQUEST_FIELDS))
-        arrival = np.array([when for when, _, _ in sent.values()], dtype=np.int64)
-        columns: dict[str, Any] = {name: table[:, i].copy() for i, name in enumerate(_REQUEST_FIELDS)}
-        columns["id"] = list(sent)
-        columns["session"] = [session for _, session, _ in sent.values()]
-        columns["tenant"] = [tenant for _, _, tenant in sent.values()]
-        columns["arrival_ns"] = arrival
-        columns["finish_reason"] = [request.finish_reason for request in ended]
-        columns["replica"] = np.full(len(table), self.replica, dtype=np.int64)
-        last = np.full(len(table), NEVER, dtype=np.int64)
-        some = offsets[1:] > offsets[:-1]
-        last[some] = times[offsets[1:][some] - 1]
-        columns["last_token_ns"] = last
-        scheduled, finish = columns["first_scheduled_ns"], columns["finish_ns"]
-        waited_until = np.where(scheduled == NEVER, finish, scheduled)
-        columns["queue_ns"] = np.where(finish == NEVER, NEVER, waited_until - arrival)
-        return {name: columns[name] for name in REQUEST_COLUMNS}
+    def _sent_at(self, first: int, count: int) -> NDArray[np.int64]:
+        """The times of one of ``Request.segments``: int64 [count]."""
+        if first < 0:
+            return np.array([-1 - first])
+        micro_batch, step = divmod(first, ADVANCES)
+        times = self.timeline(micro_batch)
+        return np.frombuffer(times, dtype=np.int64)[step : step + count] if times else NO_TIMES
+
+
+def records_of(recorders: Sequence[Recorder], sent: dict[str, tuple[int, str, str]], decisions: bytes) -> Records:
+    """The columns of a run of several loops, whose requests ended each at one of them. ``sent``: as in
+    ``Recorder.records``."""
+    steps = [recorder._step_columns() for recorder in recorders]
+    spans = [recorder._span_columns(table) for recorder, table in zip(recorders, steps, strict=True)]
+    owners = {rid: recorder for recorder in recorders for rid in recorder._ended}
+    offsets, times = _token_times(owners, sent)
+    counters: dict[str, int] = {}
+    for recorder in recorders:
+        for name, count in recorder.counters.items():
+            counters[name] = counters.get(name, 0) + count
+    return Records(
+        requests=_request_columns(owners, sent, offsets, times),
+        steps=_stacked(steps),
+        spans=_stacked(spans),
+        token_offsets=offsets,
+        token_times_ns=times,
+        decisions=decisions,
+        journal=recorders[0].journal if len(recorders) == 1 else None,
+        counters=dict(sorted(counters.items())),
+    )
+
+
+def _stacked(tables: Sequence[dict[str, Any]]) -> dict[str, Column]:
+    if len(tables) == 1:
+        return tables[0]
+    return {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
+
+
+def _token_times(owners: Mapping[str, Recorder], sent: Iterable[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    pieces: list[NDArray[np.int64]] = []
+    offsets = [0]
+    for rid in sent:
+        mine = owners[rid]._pieces(rid) if rid in owners else []
+        pieces += mine
+        offsets.append(offsets[-1] + sum(map(len, mine)))
+    return np.array(offsets, dtype=np.int64), np.concatenate(pieces) if pieces else NO_TIMES
+
+
+def _request_columns(
+    owners: Mapping[str, Recorder],
+    sent: dict[str, tuple[int, str, str]],
+    offsets: NDArray[np.int64],
+    times: NDArray[np.int64],
+) -> dict[str, Column]:
+    never = _Ended((NEVER,) * len(_REQUEST_FIELDS), "", ())
+    ended = [owners[rid]._ended[rid] if rid in owners else never for rid in sent]
+    table = np.array([request.figures for request in ended], dtype=np.int64).reshape(-1, len(_REQUEST_FIELDS))
+    arrival = np.array([when for when, _, _ in sent.values()], dtype=np.int64)
+    columns: dict[str, Any] = {name: table[:, i].copy() for i, name in enumerate(_REQUEST_FIELDS)}
+    columns["id"] = list(sent)
+    columns["session"] = [session for _, session, _ in sent.values()]
+    columns["tenant"] = [tenant for _, _, tenant in sent.values()]
+    columns["arrival_ns"] = arrival
+    columns["finish_reason"] = [request.finish_reason for request in ended]
+    columns["replica"] = np.array([owners[rid].replica if rid in owners else 0 for rid in sent], dtype=np.int64)
+    last = np.full(len(table), NEVER, dtype=np.int64)
+    some = offsets[1:] > offsets[:-1]
+    last[some] = times[offsets[1:][some] - 1]
+    columns["last_token_ns"] = last
+    scheduled, finish = columns["first_scheduled_ns"], columns["finish_ns"]
+    waited_until = np.where(scheduled == NEVER, finish, scheduled)
+    columns["queue_ns"] = np.where(finish == NEVER, NEVER, waited_until - arrival)
+    return {name: columns[name] for name in REQUEST_COLUMNS}

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from testbed.batch import BatchShape, ForwardMode, StepResult
+from testbed.loops.normal import event_loop_normal
+from testbed.loops.overlap import event_loop_overlap
 from testbed.ports import Stage
 from testbed.runtime.modelled import device_time
 from testbed.scheduler.invariants import FULL_EVERY
@@ -23,6 +25,8 @@ from testbed.scheduler.scheduler import Scheduler
 if TYPE_CHECKING:
     from testbed.runtime.virtual import VirtualRuntime
 
+LEAPING = (event_loop_normal, event_loop_overlap)
+"""The loops whose iterations are known."""
 SHORTEST = 8
 """Fewer steps are cheaper one by one (measured)."""
 LONGEST = 1024
@@ -34,6 +38,8 @@ class Leaper:
     def __init__(self, scheduler: Scheduler, runtime: VirtualRuntime) -> None:
         self._scheduler = scheduler
         self._runtime = runtime
+        assert runtime.users is not None and runtime.oracle is not None, "a loop that leaps has users, and makes tokens"
+        self._users, self._oracle = runtime.users, runtime.oracle
         self._memory = scheduler.memory
         self._stages: tuple[int, ...] = ()
         """Host time of receive, schedule, prepare, wait, process and send (ns) of the steps at hand."""
@@ -47,7 +53,7 @@ class Leaper:
         in_flight = scheduler.in_flight
         if scheduler.chunked is not None or running.finished_rows or scheduler.forward_sleep_ns or len(in_flight) > 1:
             return
-        if runtime.traffic.tied_to_iterations or scheduler.grammar_queue.open:
+        if self._users.tied_to_iterations or scheduler.grammar_queue.open:
             return
         if in_flight and (in_flight[0] is not last or runtime.last_result.stopped):
             return
@@ -69,7 +75,7 @@ class Leaper:
         if memory.allocator.quarantined_pages or scheduler.invariants.every_step or not scheduler.steps % FULL_EVERY:
             return 0
         # An end by length shows when its result is processed, an early one is part of the launched result.
-        ends = min(running.next_finish + in_flight, self._runtime.oracle.next_end(running.requests))
+        ends = min(running.next_finish + in_flight, self._oracle.next_end(running.requests))
         steps = min(ends - 1 - advance, LONGEST, FULL_EVERY - scheduler.steps % FULL_EVERY)
         free = memory.allocator.free_pages
         if memory.page_size == 1:
@@ -120,7 +126,7 @@ class Leaper:
         steps, first, rows = len(times), scheduler.steps, len(running.requests)
         now, begin, _, _, resumed, start, end, context, longest, graph = times.T
         sent = resumed + sum(self._stages[3:])
-        tokens = runtime.oracle.tokens_ahead(running.advance, steps)
+        tokens = self._oracle.tokens_ahead(running.advance, steps)
         recorder = scheduler.recorder
         if in_flight:
             running.commit(scheduler.in_flight[0], runtime.last_result.token_ids)

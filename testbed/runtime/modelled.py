@@ -41,11 +41,23 @@ def price_batch(cost_model: CostModel, batch: Batch) -> StepCost:
     return cost_model.price_decode(shape.decodes, shape.context_tokens, shape.context_max)
 
 
+class Activations(NamedTuple):
+    """What a stage of a modelled pipeline hands to the next one."""
+
+    ready_ns: int
+    """When it is on the next stage's device."""
+
+
 class DeviceTime(NamedTuple):
     """When an in-order device works on a step (ns)."""
 
     start_ns: int
     end_ns: int
+
+
+def ready_ns(after: object) -> int:
+    """When the activations that a launch waits for are there; 0 for a launch that waits for none."""
+    return after.ready_ns if isinstance(after, Activations) else 0
 
 
 def device_time(cost: StepCost, begin_ns: int, launched_ns: int, free_ns: int) -> DeviceTime:

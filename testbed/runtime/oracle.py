@@ -19,11 +19,19 @@ class Oracle:
     """A token is a function of request and position alone, so that every mix-up shows. The oracle alone knows true
     output lengths: it lists the rows that end before their ``max_new_tokens``."""
 
-    def __init__(self, seed: int, vocab_size: int, slots: int, key_of: Callable[[str], int] | None = None) -> None:
+    def __init__(
+        self,
+        seed: int,
+        vocab_size: int,
+        slots: int,
+        key_of: Callable[[str], int] | None = None,
+        stop_at: dict[str, int] | None = None,
+    ) -> None:
+        """``stop_at``: the ends that another loop's oracle knows, where a request may come to any of them."""
         self._vocab_size = vocab_size
         self._key_of = key_of or (lambda rid: oracle_key(seed, rid))
         self._keys = np.zeros(slots, dtype=np.uint64)
-        self._stop_at: dict[str, int] = {}
+        self.stop_at: dict[str, int] = {} if stop_at is None else stop_at
         """Output index at which a request stops, for those that stop before their max_new_tokens."""
         self._rows: Sequence[Request] | None = None
         self._states = np.empty(0, np.uint64)
@@ -34,13 +42,13 @@ class Oracle:
         """A request was sent: remember where it ends if that is before what the scheduler was told."""
         request = timed.request
         if request.max_new_tokens is None or timed.output_tokens < request.max_new_tokens or not request.ignore_eos:
-            self._stop_at[request.rid] = timed.output_tokens - 1
+            self.stop_at[request.rid] = timed.output_tokens - 1
         else:
             self.forget(request.rid)  # an earlier request with this id
 
     def forget(self, rid: str) -> None:
         """A request has ended: where it would stop need not be kept."""
-        self._stop_at.pop(rid, None)
+        self.stop_at.pop(rid, None)
 
     def result(self, batch: Batch) -> tuple[NDArray[np.int32], tuple[int, ...]]:
         """Token ids, int32 [rows], and the rows that stop."""
@@ -78,7 +86,7 @@ class Oracle:
         self._rows = batch.decodes
         self._states = self._keys[batch.slots] + batch.start.astype(np.uint64) * np.uint64(STEP)
         self._next_end = FAR
-        stop_at = self._stop_at
+        stop_at = self.stop_at
         if not stop_at:
             return
         ends = [r.joined + stop_at[r.rid] - r.old_outputs if r.rid in stop_at else FAR for r in batch.decodes]
@@ -100,7 +108,7 @@ class Oracle:
         """Rows whose token is the last of a request that ends early."""
         stops = []
         for row, (request, _, _, last) in enumerate(batch.prefills):
-            if last and self._stop_at.get(request.rid, FAR) <= request.old_outputs:
+            if last and self.stop_at.get(request.rid, FAR) <= request.old_outputs:
                 stops.append(row)
         if batch.decodes and batch.advance >= self._next_end:
             first = len(batch.prefills)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import numpy as np
 from numpy.typing import NDArray
 
 from testbed.batch import Batch, StepCost, StepResult
 from testbed.costs import CostModel
-from testbed.request import Request
-from testbed.runtime.modelled import device_time, price_batch
+from testbed.request import NO_TOKENS, Request
+from testbed.runtime.modelled import Activations, device_time, price_batch, ready_ns
 from testbed.runtime.oracle import Oracle
 from testbed.runtime.wall import WallClock
 
@@ -23,19 +23,28 @@ class PacedDevice:
     """
 
     def __init__(
-        self, clock: WallClock, cost_model: CostModel, oracle: Oracle, eos_token_ids: Collection[int] = ()
+        self,
+        clock: WallClock,
+        cost_model: CostModel,
+        oracle: Oracle | None,
+        eos_token_ids: Collection[int] = (),
+        activation_ns: Callable[[int], int] = lambda tokens: 0,
     ) -> None:
-        """``eos_token_ids``: the ends of sequence that grammars know."""
+        """``oracle``: None where no tokens are made: a pipeline's stages before the last. ``eos_token_ids``: the ends
+        of sequence that grammars know. ``activation_ns``: the time that the activations of so many tokens take to the
+        next stage."""
         self.clock = clock
         self.free_ns = 0
         """When the last launch will have ended."""
         self._cost_model = cost_model
         self._oracle = oracle
         self._eos_token_ids = tuple(eos_token_ids)
+        self.activation_ns = activation_ns
 
-    def work(self, batch: Batch, defer_sampling: bool) -> _PacedWork:
+    def work(self, batch: Batch, defer_sampling: bool, after: object = None) -> _PacedWork:
         """See wall.Device."""
-        return _PacedWork(self, batch, price_batch(self._cost_model, batch), StepResult(*self._oracle.result(batch)))
+        result = StepResult(*self._oracle.result(batch)) if self._oracle is not None else StepResult(NO_TOKENS)
+        return _PacedWork(self, batch, price_batch(self._cost_model, batch), result, ready_ns(after))
 
     def within(self, masks: NDArray[np.int32], batch: Batch, result: StepResult) -> StepResult:
         """``result`` with tokens that ``masks`` allow: int32 [rows, words]."""
@@ -66,10 +75,11 @@ class PacedDevice:
 
 
 class _PacedWork:
-    __slots__ = ("_batch", "_device", "_result", "cost")
+    __slots__ = ("_batch", "_device", "_ready_ns", "_result", "cost")
 
-    def __init__(self, device: PacedDevice, batch: Batch, cost: StepCost, result: StepResult) -> None:
+    def __init__(self, device: PacedDevice, batch: Batch, cost: StepCost, result: StepResult, ready_ns: int) -> None:
         self._device = device
+        self._ready_ns = ready_ns
         self._batch = batch
         self._result = result
         self.cost: StepCost | None = cost
@@ -80,7 +90,7 @@ class _PacedWork:
     def launched(self, begin_ns: int, end_ns: int) -> None:
         """See wall.Work: from the launch follows when the device is done."""
         assert self.cost is not None
-        start, end = device_time(self.cost, begin_ns, end_ns, self._device.free_ns)
+        start, end = device_time(self.cost, begin_ns, end_ns, max(self._device.free_ns, self._ready_ns))
         self._device.free_ns = end
         self._result = self._result._replace(launch_ns=begin_ns, start_ns=start, end_ns=end, graph=self.cost.graph)
 
@@ -91,6 +101,11 @@ class _PacedWork:
         self._result = result._replace(end_ns=device.free_ns)
         if masks is not None:
             self._result = device.within(masks, self._batch, self._result)
+
+    def activations(self) -> Activations:
+        """See wall.Work."""
+        shape = self._batch.shape
+        return Activations(self._result.end_ns + self._device.activation_ns(sum(shape.new_tokens) + shape.decodes))
 
     def wait(self) -> StepResult:
         """See wall.Work."""

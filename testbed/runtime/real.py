@@ -48,8 +48,8 @@ class RealDevice:
         """Tokens at which some request may stop."""
         self._is_stop[list(self._stop_ids)] = True
 
-    def work(self, batch: Batch, defer_sampling: bool) -> _RealWork:
-        """See wall.Device."""
+    def work(self, batch: Batch, defer_sampling: bool, after: object = None) -> _RealWork:
+        """See wall.Device. The engine runs on one device: nothing comes ``after`` another stage."""
         cost = None if self._cost_model is None else price_batch(self._cost_model, batch)
         if self.forced:
             token_ids, stopped = self._oracle.result(batch)
@@ -108,6 +108,10 @@ class _RealWork:
         """See wall.Work."""
         assert self._launched is not None
         self._launched.sample(masks)
+
+    def activations(self) -> object:
+        """See wall.Work. Raises NotImplementedError: the engine runs on one device."""
+        raise NotImplementedError("the engine runs on one device")
 
     def wait(self) -> StepResult:
         """See wall.Work. An in-order device: a step begins after its launch and after the step before."""

@@ -22,6 +22,7 @@ from testbed.metrics.columns import ints
 from testbed.metrics.journal import Journal
 from testbed.metrics.records import Records
 from testbed.ports import Stage
+from testbed.runtime.alone import Alone
 from testbed.runtime.oracle import Oracle
 from testbed.runtime.wall import LoopEnded, run_to_the_end
 from testbed.scheduler.decisions import HEADER, Decision, decision_at, digest
@@ -120,6 +121,7 @@ class ReplayRuntime:
 
     def __init__(self, scheduler: Scheduler, journal: Journal, records: Records, until_step: int | None) -> None:
         self.inbox = self.cpu = self.executor = self.outbox = self.grammars = self
+        self.neighbours = self.peers = Alone()
         self.scheduler = scheduler
         self.journal = journal
         self.records = records
@@ -173,7 +175,7 @@ class ReplayRuntime:
 
     # -- Executor -----------------------------------------------------------------------------------------------------
 
-    def launch(self, batch: Batch, defer_sampling: bool = False) -> _Recorded:
+    def launch(self, batch: Batch, defer_sampling: bool = False, after: object = None) -> _Recorded:
         """See ports.Executor: nothing is computed; the decision is compared."""
         self.shapes.append(batch.shape)
         self._compare()
@@ -277,6 +279,10 @@ class _Recorded:
     def sample(self, masks: NDArray[np.int32] | None) -> None:
         """See ports.Pending: the run has sampled."""
         self._runtime.charge(Stage.SAMPLE, self._batch.rows)
+
+    def activations(self) -> object:
+        """See ports.Pending: nothing is computed."""
+        return None
 
     async def result(self) -> StepResult:
         """See ports.Pending."""

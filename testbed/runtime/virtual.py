@@ -1,4 +1,4 @@
-"""Virtual time: the ports on SimPy. A coroutine of a loop is a SimPy process; the only ``yield`` is ``wait``.
+"""Virtual time: the ports of one loop, its host thread and its device, in a ``World``.
 
 Work is charged, not awaited: the loop's own clock runs ahead of SimPy's by what it has charged, and the debt is paid
 when it awaits. If no event of anybody else lies in between, there is nobody to notice: the debt is carried on and no
@@ -7,25 +7,24 @@ event is made at all (``_settle``), which is what makes a step cost microseconds
 
 from __future__ import annotations
 
-import types
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator
-from typing import Any
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import simpy
 from numpy.typing import NDArray
-from simpy.events import URGENT
 
 from testbed.batch import Batch, StepResult
 from testbed.costs import CostModel, HostProfile
 from testbed.messages import ControlOutput, GrammarReady, GrammarSpec, Message, RequestOutput
 from testbed.metrics.recorder import Recorder
-from testbed.ports import Stage
-from testbed.runtime.modelled import Deadlock, device_time, price_batch
+from testbed.ports import Neighbours, Peers, Stage
+from testbed.request import NO_TOKENS
+from testbed.runtime.alone import Alone
+from testbed.runtime.modelled import Activations, Deadlock, device_time, price_batch, ready_ns
 from testbed.runtime.oracle import FAR, Oracle
-from testbed.runtime.traffic import Traffic
-from testbed.workload.base import TimedRequest, Workload
+from testbed.runtime.world import VirtualUsers, World, wait
 
 GRAMMAR_NS = 30_000_000
 """From a grammar's arrival until it is compiled: a small JSON schema in our server (median of 30, two busy cores)."""
@@ -33,27 +32,47 @@ STANDSTILL = 10_000
 """Iterations at one instant, without a launch, after which a loop is said to spin."""
 
 
-@types.coroutine
-def wait(event: simpy.Event) -> Generator[simpy.Event, Any, Any]:
-    """The trap: suspend the coroutine until ``event``."""
-    return (yield event)
+class Users(Protocol):
+    """Whom a loop's outputs go to."""
+
+    @property
+    def tied_to_iterations(self) -> bool:
+        """Whether a later iteration will bring a request, so that the loop must not block."""
+        ...
+
+    def due(self, iteration: int, now_ns: int) -> Sequence[Message]:
+        """Messages tied to this iteration or an earlier one: sent now."""
+        ...
+
+    def hear(self, output: RequestOutput | ControlOutput, now_ns: int) -> None:
+        """The end of a request, or the answer to a control message."""
+        ...
 
 
 class VirtualRuntime:
-    """The ports of one loop in virtual time: all of them are this object."""
+    """The ports of one loop in virtual time: all of them are this object, but those to other loops."""
 
     def __init__(
         self,
         *,
+        world: World,
+        users: Users | None,
         cost_model: CostModel,
         host: HostProfile,
         recorder: Recorder,
-        oracle: Oracle,
-        workload: Workload,
+        oracle: Oracle | None,
+        activation_ns: Callable[[int], int] = lambda tokens: 0,
     ) -> None:
-        self.env = simpy.Environment()
+        """``users``: None where the outputs go to nobody: a pipeline's stages behind the first. ``oracle``: None where
+        no tokens are made: its stages before the last. ``activation_ns``: the time (ns) that the activations of so many
+        tokens take to the next stage."""
+        self.world = world
+        self.env = world.env
+        self.users = users
         self.inbox = self.cpu = self.executor = self.outbox = self.grammars = self
-        self.traffic = Traffic(workload, oracle)
+        self.neighbours: Neighbours = Alone()
+        self.peers: Peers = Alone()
+        self.activation_ns = activation_ns
         self.cost_model = cost_model
         self.host = host
         self._span = recorder.span
@@ -74,29 +93,7 @@ class VirtualRuntime:
         """Iterations begun."""
         self._seen, self._standstill = (-1, -1), 0
 
-    # -- the workload --------------------------------------------------------------------------------------------------
-
-    def start(self) -> None:
-        """Begin to send the workload's requests, one scheduled event ahead."""
-        timed = self.traffic.next_timed()
-        if timed is None:
-            return
-
-        def arrive() -> None:
-            self._arrive(timed)
-            self.start()
-
-        self._at(timed.arrival_ns, arrive)
-
-    def _at(self, when_ns: int, action: Callable[[], None]) -> None:
-        """Call ``action`` at ``when_ns``, before any loop wakes at that instant."""
-        event = simpy.Event(self.env)
-        event._ok, event._value = True, None
-        event.callbacks = [lambda _: action()]
-        self.env.schedule(event, priority=URGENT, delay=max(when_ns - self.env.now, 0))
-
-    def _arrive(self, timed: TimedRequest) -> None:
-        self.deliver(self.traffic.send(timed))
+    # -- what comes in ------------------------------------------------------------------------------------------------
 
     def deliver(self, message: Message) -> None:
         """Put a message into the inbox now."""
@@ -115,9 +112,9 @@ class VirtualRuntime:
             self.leap()
             if self.env.peek() <= self.local_ns:
                 await self._settle()
-        if self.traffic.tied_to_iterations:
-            self._delivered.extend(self.traffic.due(self.iteration, self.local_ns))
-            block = block and not self.traffic.tied_to_iterations
+        if self.users is not None and self.users.tied_to_iterations:
+            self._delivered.extend(self.users.due(self.iteration, self.local_ns))
+            block = block and not self.users.tied_to_iterations
         self.iteration += 1
         if self.local_ns == self._seen[0] and self.launches == self._seen[1]:
             self._standstill += 1
@@ -139,7 +136,7 @@ class VirtualRuntime:
 
     def post_at(self, when_ns: int, message: Message) -> None:
         """See ports.Inbox."""
-        self._at(when_ns, lambda: self.deliver(message))
+        self.world.at(when_ns, lambda: self.deliver(message))
 
     # -- Cpu -----------------------------------------------------------------------------------------------------------
 
@@ -188,8 +185,9 @@ class VirtualRuntime:
 
     # -- Executor ----------------------------------------------------------------------------------------------------
 
-    def launch(self, batch: Batch, defer_sampling: bool = False) -> _Launched:
-        """See ports.Executor. An in-order device: a batch starts when it is launched and the device is free."""
+    def launch(self, batch: Batch, defer_sampling: bool = False, after: object = None) -> _Launched:
+        """See ports.Executor. An in-order device: a batch starts when it is launched, the device is free, and the
+        activations of the stage before are there."""
         cost = price_batch(self.cost_model, batch)
         new_tokens = sum(batch.shape.new_tokens) if batch.prefills else 0
         launch_ns = self.host.launch_ns(cost.kernels, cost.graph)
@@ -198,13 +196,14 @@ class VirtualRuntime:
         if launch_ns:
             self.local_ns = begin + launch_ns
             self._span((Stage.LAUNCH, self.launches, begin, self.local_ns))
-        start, end = device_time(cost, begin, self.local_ns, self.device_free_ns)
+        start, end = device_time(cost, begin, self.local_ns, max(self.device_free_ns, ready_ns(after)))
         self.device_free_ns = end
-        token_ids, stopped = self.oracle.result(batch)
+        token_ids, stopped = self.oracle.result(batch) if self.oracle is not None else (NO_TOKENS, ())
         self.launches += 1
-        if not defer_sampling:
+        if not defer_sampling and self.oracle is not None:
             self.charge(Stage.SAMPLE, len(token_ids))
-        self._last_launched = _Launched(self, StepResult(token_ids, stopped, begin, start, end, cost.graph))
+        result = StepResult(token_ids, stopped, begin, start, end, cost.graph)
+        self._last_launched = _Launched(self, result, new_tokens + batch.shape.decodes)
         return self._last_launched
 
     @property
@@ -244,25 +243,30 @@ class VirtualRuntime:
 
     def send_tokens(self, batch: Batch, result: StepResult) -> int:
         """See ports.Outbox; returns the loop's time of sending (ns)."""
-        self.charge(Stage.SEND, len(result.token_ids))
+        if self.users is not None:
+            self.charge(Stage.SEND, len(result.token_ids))
         self.processed += 1
         return self.local_ns
 
     def send(self, output: RequestOutput | ControlOutput) -> None:
-        """See ports.Outbox: the end of a request may make its user send the next."""
-        if isinstance(output, RequestOutput):
-            for timed in self.traffic.end(output, self.local_ns):
-                self._at(timed.arrival_ns, lambda timed=timed: self._arrive(timed))  # type: ignore[misc]
+        """See ports.Outbox."""
+        if self.users is not None:
+            self.users.hear(output, self.local_ns)
 
 
 class _Launched:
     """A batch on the simulated device: its result and its end are known at launch."""
 
-    __slots__ = ("_runtime", "outcome")
+    __slots__ = ("_runtime", "_tokens", "outcome")
 
-    def __init__(self, runtime: VirtualRuntime, outcome: StepResult) -> None:
+    def __init__(self, runtime: VirtualRuntime, outcome: StepResult, tokens: int) -> None:
         self._runtime = runtime
+        self._tokens = tokens
         self.outcome = outcome
+
+    def activations(self) -> Activations:
+        """See ports.Pending."""
+        return Activations(self.outcome.end_ns + self._runtime.activation_ns(self._tokens))
 
     def sample(self, masks: NDArray[np.int32] | None) -> None:
         """See ports.Pending: the batch has not ended before it was sampled."""
@@ -283,41 +287,10 @@ class _Launched:
         return result
 
 
-def where_it_waits(coroutine: Coroutine[Any, Any, Any]) -> str:
-    """The chain of functions in which a suspended coroutine waits, for deadlock reports."""
-    chain: list[str] = []
-    awaited: Any = coroutine
-    while awaited is not None:
-        frame = getattr(awaited, "cr_frame", None) or getattr(awaited, "gi_frame", None)
-        if frame is not None:
-            chain.append(f"{frame.f_code.co_name} (line {frame.f_lineno})")
-        awaited = getattr(awaited, "cr_await", None)
-    return " > ".join(chain)
-
-
-def run_to_the_end(loop: Coroutine[Any, Any, None], runtime: VirtualRuntime) -> None:
-    """Run the loop until nothing can happen any more. Raises the loop's own exception as it was (SimPy would re-make
-    it), and Deadlock when requests are open but no event is left."""
-    env = runtime.env
-    failure: list[BaseException] = []
-
-    async def guarded() -> None:
-        try:
-            await loop
-        except BaseException as error:
-            failure.append(error)
-
-    process = guarded()
-    env.process(process)  # type: ignore[arg-type]  # SimPy asks for send and throw, which a coroutine has
-    runtime.start()
-    try:
-        env.run()
-        if failure:
-            raise failure[0]
-        if runtime.traffic.open:
-            raise Deadlock(
-                f"at {runtime.local_ns} ns nothing can happen any more and {runtime.traffic.open} requests are open; "
-                f"the loop waits in {where_it_waits(process)}"
-            )
-    finally:
-        process.close()
+def run_to_the_end(loop: Coroutine[Any, Any, None], runtime: VirtualRuntime, users: VirtualUsers) -> None:
+    """A deployment of one loop: run it until nothing can happen any more. Raises the loop's own exception, and Deadlock
+    when requests are open but no event is left."""
+    users.submit = runtime.deliver
+    runtime.world.start("the loop", loop)
+    users.start()
+    runtime.world.run()

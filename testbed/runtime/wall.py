@@ -23,7 +23,8 @@ from testbed.batch import Batch, StepCost, StepResult
 from testbed.costs import HostProfile
 from testbed.messages import ControlOutput, GrammarReady, GrammarSpec, Message, RequestOutput
 from testbed.metrics.recorder import Recorder
-from testbed.ports import Grammars, Inbox, Stage
+from testbed.ports import Grammars, Inbox, Neighbours, Peers, Stage
+from testbed.runtime.alone import Alone
 from testbed.runtime.modelled import Deadlock
 from testbed.runtime.oracle import FAR
 from testbed.runtime.traffic import Traffic
@@ -80,6 +81,10 @@ class Work(Protocol):
         """Second phase of a launch with deferred sampling: see ports.Pending."""
         ...
 
+    def activations(self) -> object:
+        """See ports.Pending."""
+        ...
+
     def wait(self) -> StepResult:
         """Block until the device has done it. Times of the result are the runtime's."""
         ...
@@ -88,8 +93,9 @@ class Work(Protocol):
 class Device(Protocol):
     """What computes, in the order of its launches."""
 
-    def work(self, batch: Batch, defer_sampling: bool) -> Work:
-        """A batch to be started. What is computed here (prices, the oracle's tokens) is part of the launch."""
+    def work(self, batch: Batch, defer_sampling: bool, after: object = None) -> Work:
+        """A batch to be started. What is computed here (prices, the oracle's tokens) is part of the launch. ``after``:
+        see ports.Executor."""
         ...
 
 
@@ -193,6 +199,8 @@ class WallRuntime:
         """``inject``: spin each stage of the loop until this profile's time is spent, to study a slower host than
         ours. ``grammars``: None: a request with one is refused."""
         self.inbox = self.cpu = self.executor = self.outbox = self
+        self.neighbours: Neighbours = Alone()
+        self.peers: Peers = Alone()
         self.grammars = grammars or NoGrammars(self)
         self.clock = clock
         self.now_ns = clock.now_ns
@@ -273,10 +281,10 @@ class WallRuntime:
 
     # -- Executor -----------------------------------------------------------------------------------------------------
 
-    def launch(self, batch: Batch, defer_sampling: bool = False) -> _Running:
+    def launch(self, batch: Batch, defer_sampling: bool = False, after: object = None) -> _Running:
         """See ports.Executor."""
         begin = self._mark_ns
-        work = self._device.work(batch, defer_sampling)
+        work = self._device.work(batch, defer_sampling, after)
         work.start()
         least = 0
         if self._inject is not None and work.cost is not None:
@@ -325,6 +333,10 @@ class _Running:
         """See ports.Pending. The span holds the making of the masks."""
         self._work.sample(masks)
         self._runtime.charge(Stage.SAMPLE, self._rows)
+
+    def activations(self) -> object:
+        """See ports.Pending."""
+        return self._work.activations()
 
     async def result(self) -> StepResult:
         """See ports.Pending."""

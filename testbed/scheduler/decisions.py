@@ -27,6 +27,7 @@ from testbed.request import Request
 
 VERSION = 1
 HEADER = b"TBDL" + VERSION.to_bytes(2, "little")
+SEVERAL = b"TBDM" + VERSION.to_bytes(2, "little")
 SAME_ROWS = 1
 _STEP = Struct("<BBHHHII")
 
@@ -79,6 +80,28 @@ class DecisionLog:
     def bytes(self) -> bytes:
         """The log so far."""
         return bytes(self._data)
+
+
+def join_logs(logs: Sequence[bytes]) -> bytes:
+    """The logs of a deployment's loops as one: ``b"TBDM" u16 version, loops x (u64 length, log)``; a single one is
+    itself."""
+    if len(logs) == 1:
+        return logs[0]
+    return SEVERAL + b"".join(len(log).to_bytes(8, "little") + log for log in logs)
+
+
+def split_logs(data: bytes) -> list[bytes]:
+    """What ``join_logs`` was given. Raises ValueError when it is cut off."""
+    if not data.startswith(SEVERAL):
+        return [data]
+    logs, at = [], len(SEVERAL)
+    while at < len(data):
+        end = at + 8 + int.from_bytes(data[at : at + 8], "little")
+        if end > len(data):
+            raise ValueError(f"decision log is cut off at byte {len(data)}")
+        logs.append(data[at + 8 : end])
+        at = end
+    return logs
 
 
 def digest(log: bytes) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from testbed.api import Engine
+from testbed.deployment import Engine
 from testbed.messages import GenerateRequest
 from testbed.runtime.oracle import Oracle
 from testbed.scenario.workload import IndependentLengths

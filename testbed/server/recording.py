@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from testbed.api import Engine, run_of
+from testbed.api import run_of
+from testbed.deployment import Engine
 from testbed.engine.options import DeviceInfo
 from testbed.metrics.recorder import Recorder
 from testbed.metrics.run import Run
@@ -36,7 +37,7 @@ class ServerRecorder(Recorder):
     def run(self, engine: Engine, label: str, info: DeviceInfo | None, command: str) -> Run:
         """The server's life so far. ``command``: what it was started with."""
         sent = dict(sorted(self._sent.items(), key=lambda one: one[1][0]))
-        run = run_of(engine, sent, label, info)
+        run = run_of([engine], sent, label, info)
         run.meta["provenance"]["command"] = command
         run.meta["notes"].insert(0, "the requests came over HTTP: the workload of the scenario was not sent")
         return run

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from testbed.api import build_loop, build_scheduler
+from testbed.deployment import build_loop, build_scheduler
 from testbed.metrics.run import Run
 from testbed.runtime.replay import Replayed, replay_loop
 from testbed.scenario.errors import InputError

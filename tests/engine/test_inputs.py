@@ -72,7 +72,7 @@ class TokenMemory:
 class CheckedDevice(RealDevice):
     """Says what each row has to read."""
 
-    def work(self, batch: Batch, defer_sampling: bool) -> Any:
+    def work(self, batch: Batch, defer_sampling: bool, after: object = None) -> Any:
         rows = [(p.request, p.prefix_tokens + p.new_tokens) for p in batch.prefills]
         rows += list(zip(batch.decodes, batch.seq_lens.tolist() if batch.decodes else (), strict=True))
         memory: Any = self.device

@@ -28,6 +28,7 @@ from testbed.runtime.leap import Leaper
 from testbed.runtime.oracle import Oracle
 from testbed.runtime.paced import PacedDevice
 from testbed.runtime.traffic import Traffic
+from testbed.runtime.world import VirtualUsers, World
 from testbed.scenario.schema import ConstantDevice, EngineConfig
 from testbed.scheduler.batching import BatchingStrategy
 from testbed.scheduler.policies import Policy
@@ -291,15 +292,19 @@ def run(
         wall.run_to_the_end(loop(LoopContext(scheduler, runtime)))
     else:
         profile = constant_host(host) if isinstance(host, int) else load_host(host) if isinstance(host, str) else host
+        time = World()
+        users = VirtualUsers(time, Traffic(workload, oracle))
+        model = ConstantCostModel(device)
         runtime = WatchedVirtual(
-            cost_model=ConstantCostModel(device), recorder=recorder, oracle=oracle, workload=workload, host=profile
+            world=time, users=users, cost_model=model, recorder=recorder, oracle=oracle, host=profile
         )
+        runtime.traffic = users.traffic
         if leap:
             runtime.leap = Leaper(scheduler, runtime).try_leap
         runtime.prepare(scheduler, script or {}, watch)
         if before:
             before(scheduler, runtime)
-        virtual.run_to_the_end(loop(LoopContext(scheduler, runtime)), runtime)
+        virtual.run_to_the_end(loop(LoopContext(scheduler, runtime)), runtime, users)
     scheduler.on_idle()
     records = recorder.records(runtime.traffic.sent, scheduler.decision_log.bytes())
     outcome = Outcome(

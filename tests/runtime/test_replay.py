@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from testbed import Run
-from testbed.api import build_loop, build_scheduler
 from testbed.batch import Batch, BatchShape
 from testbed.costs import load_host
 from testbed.costs.model import ConstantCostModel
+from testbed.deployment import build_loop, build_scheduler
 from testbed.memory import PageAllocator
 from testbed.messages import AbortRequest, Message
 from testbed.ports import Stage

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from testbed import execute, load_scenario
-from testbed.api import build_engine
+from testbed.deployment import build_engine
 from testbed.metrics.columns import NS_PER_MS, NS_PER_S
 from testbed.scenario.schema import Scenario
 from tests.server.serving import TOKENIZER, Serving, serving

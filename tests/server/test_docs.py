@@ -9,8 +9,8 @@ from pathlib import Path
 
 import msgspec
 
-from testbed.api import build_engine
 from testbed.cli.main import app
+from testbed.deployment import build_engine
 from testbed.server.forgetful import ForgetfulRecorder
 from testbed.server.options import OUTPUT_TOKENS, ServeOptions, Waits, load_serving
 from testbed.server.protocol.limits import Limits

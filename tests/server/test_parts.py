@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from testbed.api import Engine, build_engine
+from testbed.deployment import Engine, build_engine
 from testbed.engine.tokenizer import FOLDER
 from testbed.loops.base import LoopContext
 from testbed.messages import GenerateRequest, Message, TokenPrompt
@@ -111,9 +111,9 @@ def lengths_of(settings: list[str]) -> ModelledLengths:
 def outputs(lengths: ModelledLengths, request: GenerateRequest) -> int | None:
     """After how many tokens the oracle stops the request; None: not before its max_new_tokens."""
     lengths.expect(request)
-    stop = lengths.oracle._stop_at.get(request.rid)
+    stop = lengths.oracle.stop_at.get(request.rid)
     lengths.forget(request.rid)
-    assert not lengths.oracle._stop_at
+    assert not lengths.oracle.stop_at
     return None if stop is None else stop + 1
 
 

@@ -18,7 +18,9 @@ from testbed.messages import GenerateRequest, Prompt, Segment
 from testbed.metrics.recorder import Recorder
 from testbed.runtime.modelled import Deadlock
 from testbed.runtime.oracle import Oracle
+from testbed.runtime.traffic import Traffic
 from testbed.runtime.virtual import VirtualRuntime, run_to_the_end
+from testbed.runtime.world import VirtualUsers, World
 from testbed.scenario.schema import EngineConfig, Rules
 from testbed.scheduler.scheduler import Scheduler
 from testbed.tokens import oracle_key, stream_key
@@ -141,12 +143,10 @@ def replay(path: Path) -> tuple[dict[str, Any], Replayed]:
         recorder=recorder,
         checks="full",
     )
+    world, oracle = World(), Oracle(0, VOCABULARY, scheduler.memory.slots.count)
+    users = VirtualUsers(world, Traffic(CaseWorkload(timed_requests(case["requests"])), oracle))
     runtime = VirtualRuntime(
-        cost_model=OneNanosecond(),
-        host=NoHost(),
-        recorder=recorder,
-        oracle=Oracle(0, VOCABULARY, scheduler.memory.slots.count),
-        workload=CaseWorkload(timed_requests(case["requests"])),
+        world=world, users=users, cost_model=OneNanosecond(), host=NoHost(), recorder=recorder, oracle=oracle
     )
     steps: list[dict[str, Any]] = []
     decide = scheduler.get_next_batch_to_run
@@ -159,7 +159,7 @@ def replay(path: Path) -> tuple[dict[str, Any], Replayed]:
     scheduler.get_next_batch_to_run = recording  # type: ignore[method-assign]
     deadlock = False
     try:
-        run_to_the_end(find_loop(config.loop)[1](LoopContext(scheduler, runtime)), runtime)
+        run_to_the_end(find_loop(config.loop)[1](LoopContext(scheduler, runtime)), runtime, users)
     except Deadlock:
         deadlock = True
     return case, Replayed(steps, deadlock)

@@ -188,7 +188,7 @@ def executor_with(change: Callable[[Batch, StepResult, int, int], StepResult]) -
             super().__init__(clock, cost_model, oracle)
             self.position = 0
 
-        def work(self, batch: Batch, defer_sampling: bool) -> Work:
+        def work(self, batch: Batch, defer_sampling: bool, after: object = None) -> Work:
             work = super().work(batch, defer_sampling)
             for row, request in enumerate(batch.decodes, start=len(batch.prefills)):
                 if request.rid == VICTIM:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from testbed import api, simulate
+from testbed import simulate
+from testbed.deployment import build_engine
 from testbed.messages import GenerateRequest, TokenPrompt
 from testbed.metrics.laws import violations
 from testbed.metrics.run import Run
@@ -52,7 +53,7 @@ def scenario(**workload: Any) -> Any:
 
 def timed_requests(chosen: Any) -> list[Any]:
     """What an open loop sends, in order."""
-    return list(api.build_engine(chosen).workload.start())
+    return list(build_engine(chosen).workload.start())
 
 
 def run_against(answer: Answer, chosen: Any = None, **asked: Any) -> tuple[Run, StandIn]:
@@ -79,7 +80,7 @@ class TestSending:
         chosen = scenario()
         run, server = run_against(one_by_one, chosen)
         simulated = simulate(chosen)
-        vocab = api.build_engine(chosen).model.vocab
+        vocab = build_engine(chosen).model.vocab
         expected = timed_requests(chosen)
         assert run.records.requests["id"] == simulated.records.requests["id"] == [one.request.rid for one in expected]
         assert sorted(server.asked) == sorted(run.records.requests["id"])  # connections may overtake one another
@@ -455,7 +456,7 @@ class TestStarting:
     def test_it_asks_with_the_last_id_of_the_vocabulary(self) -> None:
         run, server = run_against(one_by_one)
         (tried,) = server.tried
-        assert tried.body["prompt"] == [api.build_engine(scenario()).model.vocab - 1] and tried.body["max_tokens"] == 1
+        assert tried.body["prompt"] == [build_engine(scenario()).model.vocab - 1] and tried.body["max_tokens"] == 1
         assert "try-out" not in run.records.requests["id"]
 
     @pytest.mark.parametrize(
@@ -515,7 +516,7 @@ class TestText:
         from testbed.engine.tokenizer import load_tokenizer
 
         run, server = run_against(one_by_one, tokenizer=tokenizer)
-        vocab = api.build_engine(scenario()).model.vocab
+        vocab = build_engine(scenario()).model.vocab
         for timed in timed_requests(scenario()):
             ids = timed.request.prompt.ids(vocab).tolist()
             assert server.asked[timed.request.rid].body["prompt"] == load_tokenizer().decode(ids)

@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 
 from testbed import api
+from testbed.deployment import Engine, build_engine
 from testbed.messages import GenerateRequest, TokenPrompt
 from testbed.metrics.columns import NS_PER_S
 from testbed.metrics.run import Run
@@ -48,7 +49,7 @@ LARGE_BYTES = 1 << 20
 """A larger body is sent in pieces, so that others are read meanwhile."""
 
 
-def check_bench(scenario: Scenario) -> api.Engine:
+def check_bench(scenario: Scenario) -> Engine:
     """What ``scenario`` names, built: its requests are those that a simulation of it gets. Raises InputError for what
     a client cannot send."""
     if isinstance(scenario.workload.arrivals, AtIteration):
@@ -57,7 +58,7 @@ def check_bench(scenario: Scenario) -> api.Engine:
             where="workload.arrivals",
             remedy="use arrivals in time, e.g. {kind: poisson, rate_per_s: 2}",
         )
-    return api.build_engine(scenario)
+    return build_engine(scenario)
 
 
 def bench(server: Server, scenario: Scenario, *, progress: api.Progress | None = None) -> Run:
@@ -98,7 +99,7 @@ def _allow_many_connections() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-async def _bench(server: Server, engine: api.Engine, progress: api.Progress | None) -> Driven:
+async def _bench(server: Server, engine: Engine, progress: api.Progress | None) -> Driven:
     import aiohttp
 
     async with aiohttp.ClientSession(

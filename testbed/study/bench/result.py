@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from testbed import api
+from testbed.deployment import Engine
 from testbed.metrics.columns import NS_PER_MS
 from testbed.metrics.files import TEXT_COLUMNS
 from testbed.metrics.recorder import Recorder
@@ -41,7 +42,7 @@ class Driven:
     """Share of a core that the driver took."""
 
 
-def bench_run(server: Server, engine: api.Engine, driven: Driven) -> Run:
+def bench_run(server: Server, engine: Engine, driven: Driven) -> Run:
     """The run that clients saw."""
     exchanges = sorted(driven.exchanges, key=lambda one: one.timed.arrival_ns)
     meta: dict[str, Any] = {
@@ -116,7 +117,7 @@ def _column(name: str, values: list[Any]) -> Column:
     return values if name in TEXT_COLUMNS else np.array(values, dtype=np.int64)
 
 
-def _interrupted(engine: api.Engine, driven: Driven) -> list[str]:
+def _interrupted(engine: Engine, driven: Driven) -> list[str]:
     if not driven.interrupted:
         return []
     ended = sum(one.ended for one in driven.exchanges)

@@ -1,0 +1,207 @@
+"""What a scenario names, built: one engine for each loop that it asks for.
+
+``parallel.dp`` replicas, each of ``parallel.pp`` stages; or prefill and decode engines. Every loop has a scheduler, a
+recorder and a device of its own; the workload and the tokens are everybody's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from testbed.costs import (
+    CostModel,
+    DeviceProfile,
+    HostProfile,
+    build_cost_model,
+    build_host_profile,
+    kv_capacity_tokens,
+    load_device,
+)
+from testbed.engine.options import DeviceInfo
+from testbed.loops.select import EventLoop, Role, find_loop
+from testbed.metrics.journal import Setting
+from testbed.metrics.recorder import Recorder
+from testbed.runtime.oracle import Oracle
+from testbed.scenario.errors import InputError
+from testbed.scenario.models import ModelSpec, load_model
+from testbed.scenario.plugins import is_plugin, load_callable, load_coroutine, own_faults
+from testbed.scenario.schema import EngineConfig, Scenario
+from testbed.scheduler.scheduler import Checks, Scheduler
+from testbed.workload import Workload, build_workload
+
+
+@dataclass(slots=True, frozen=True)
+class Place:
+    """Which loop of a deployment."""
+
+    number: int = 0
+    """In the order of ``places_of``: the ``replica`` of its records."""
+    replica: int = 0
+    role: Role = "null"
+    stage: int = 0
+
+    @property
+    def name(self) -> str:
+        """For reports, and what other engines call it."""
+        what = "replica" if self.role == "null" else self.role
+        return f"{what} {self.replica}" + (f" stage {self.stage}" if self.stage else "")
+
+
+ALONE = Place()
+
+
+def places_of(scenario: Scenario) -> Iterator[Place]:
+    """Every loop that ``scenario`` asks for: the stages of the first replica, of the second, ..."""
+    parallel = scenario.engine.parallel
+    for replica in range(parallel.dp):
+        for stage in range(parallel.pp):
+            yield Place(replica * parallel.pp + stage, replica, "null", stage)
+
+
+@dataclass(slots=True)
+class Engine:
+    """What one loop needs before the first message, on any clock."""
+
+    scenario: Scenario
+    place: Place
+    model: ModelSpec
+    device: DeviceProfile | None
+    """None for a device of constant times."""
+    cost_model: CostModel
+    host: HostProfile
+    kv_tokens: int
+    context_length: int
+    loop_name: str
+    loop: EventLoop
+    scheduler: Scheduler
+    recorder: Recorder
+    workload: Workload
+    oracle: Oracle
+
+
+def build_engine(
+    scenario: Scenario,
+    *,
+    checks: Checks = "delta",
+    real: DeviceInfo | None = None,
+    recorder: Recorder | None = None,
+    place: Place = ALONE,
+    beside: Engine | None = None,
+) -> Engine:
+    """Build one engine of what ``scenario`` names. ``real``: the device that will run it; its memory counts, not that
+    of the modelled one. ``recorder``: None: one that keeps everything. ``beside``: another engine of the deployment,
+    whose workload and tokens it shares. Raises InputError for anything that cannot run."""
+    config = scenario.engine
+    model = load_model(scenario.model)
+    device = load_device(scenario.device) if isinstance(scenario.device, str) else None
+    kv_tokens = real.kv_tokens if real else _kv_tokens(scenario, model, device)
+    context_length = real.context_length if real else config.context_length or model.max_positions
+    loop_name, loop = build_loop(config, place.role)
+    setting = Setting(
+        loop=loop_name,
+        vocab_size=model.vocab,
+        kv_tokens=kv_tokens,
+        context_length=context_length,
+        seed=scenario.seed,
+    )
+    scheduler = build_scheduler(config, setting, checks=checks, recorder=recorder or Recorder(place.number))
+    capacity_tokens = scheduler.memory.allocator.capacity_tokens
+    return Engine(
+        scenario=scenario,
+        place=place,
+        model=model,
+        device=device,
+        cost_model=build_cost_model(scenario, place.stage),
+        host=build_host_profile(scenario),
+        kv_tokens=capacity_tokens,
+        context_length=context_length,
+        loop_name=loop_name,
+        loop=loop,
+        scheduler=scheduler,
+        recorder=scheduler.recorder,
+        workload=beside.workload if beside else _workload(scenario, model, scheduler, context_length),
+        oracle=Oracle(
+            scenario.seed, model.vocab, scheduler.memory.slots.count, stop_at=beside.oracle.stop_at if beside else None
+        ),
+    )
+
+
+def build_engines(scenario: Scenario, *, checks: Checks = "delta") -> list[Engine]:
+    """Every engine that ``scenario`` names, in the order of ``places_of``. Raises InputError like ``build_engine``."""
+    engines: list[Engine] = []
+    for place in places_of(scenario):
+        engines.append(build_engine(scenario, checks=checks, place=place, beside=engines[0] if engines else None))
+    return engines
+
+
+def _workload(scenario: Scenario, model: ModelSpec, scheduler: Scheduler, context_length: int) -> Workload:
+    return build_workload(
+        scenario.workload,
+        seed=scenario.seed,
+        context_length=scheduler.max_prompt_tokens,
+        bound_by="engine.kv_tokens"
+        if scheduler.memory.allocator.capacity_tokens < context_length
+        else "engine.context_length",
+        vocab_size=model.vocab,
+        base_dir=Path.cwd(),
+    )
+
+
+def build_loop(config: EngineConfig, role: Role = "null") -> tuple[str, EventLoop]:
+    """The event loop that ``config`` names, and its resolved name. Raises InputError when there is none."""
+    if is_plugin(config.loop):
+        return config.loop, load_coroutine(config.loop, Path.cwd(), where="engine.loop", takes=("loop",))
+    return find_loop(config.loop, config.parallel.pp, role)
+
+
+def build_scheduler(
+    config: EngineConfig, setting: Setting, *, checks: Checks = "delta", recorder: Recorder | None = None
+) -> Scheduler:
+    """The scheduler of an engine. Its journal begins with ``setting``: what replaying needs beside the scenario."""
+    recorder = recorder or Recorder()
+    recorder.journal.setting = setting
+    return Scheduler(
+        config,
+        kv_tokens=setting.kv_tokens,
+        context_length=setting.context_length,
+        vocab_size=setting.vocab_size,
+        seed=setting.seed,
+        policy=_own_policy(config.policy),
+        strategy=_own_strategy(config.batching),
+        recorder=recorder,
+        checks=checks,
+    )
+
+
+def _own_strategy(name: str) -> Any:
+    """The user's own batching strategy, made: a class is called without arguments."""
+    if not is_plugin(name):
+        return None
+    with own_faults():
+        strategy = load_callable(name, Path.cwd(), where="engine.batching")()
+    if not callable(getattr(strategy, "next_batch", None)):
+        remedy = "give it def next_batch(self, scheduler)"
+        raise InputError(f"{name} has no method 'next_batch'", where="engine.batching", remedy=remedy)
+    return strategy
+
+
+def _own_policy(name: str) -> Any:
+    """The user's own policy: a function that sorts the waiting list."""
+    if not is_plugin(name):
+        return None
+    return load_callable(name, Path.cwd(), where="engine.policy", takes=("waiting", "scheduler"))
+
+
+def _kv_tokens(scenario: Scenario, model: ModelSpec, device: DeviceProfile | None) -> int:
+    if device is not None:
+        return kv_capacity_tokens(model, device, scenario.engine)
+    if scenario.engine.kv_tokens is None:
+        raise InputError(
+            "a device of constant times has no memory that a KV capacity would follow from",
+            where="engine.kv_tokens",
+            remedy="give engine.kv_tokens",
+        )
+    return scenario.engine.kv_tokens

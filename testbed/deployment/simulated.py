@@ -1,0 +1,55 @@
+"""A deployment in virtual time: its loops in one world, the channels between them, the users in front."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from testbed.deployment.build import Engine
+from testbed.loops.base import LoopContext
+from testbed.runtime.channels import connect_stages
+from testbed.runtime.leap import LEAPING, Leaper
+from testbed.runtime.traffic import Traffic
+from testbed.runtime.virtual import VirtualRuntime
+from testbed.runtime.world import VirtualUsers, World
+
+CHANNEL_NS = 20_000
+"""A message from one stage's process to the next, pickled and sent by gloo or ZMQ on one machine: a guess."""
+
+
+class Simulation:
+    """The engines of one deployment (see ``build_engines``), ready to run once."""
+
+    def __init__(self, engines: Sequence[Engine], *, leap: bool = True) -> None:
+        """``leap``: see ``testbed.runtime.leap``; never where loops wait for one another."""
+        self.traffic = Traffic(engines[0].workload, engines[0].oracle)
+        self._world = World()
+        self._users = VirtualUsers(self._world, self.traffic)
+        self._engines = engines
+        stages = engines[0].scenario.engine.parallel.pp
+        self._runtimes = [self._runtime(engine, stages) for engine in engines]
+        if leap and stages == 1:
+            for engine, runtime in zip(engines, self._runtimes, strict=True):
+                if engine.loop in LEAPING and engine.scheduler.strategy_is_ours:
+                    runtime.leap = Leaper(engine.scheduler, runtime).try_leap
+        if stages > 1:
+            for first in range(0, len(engines), stages):
+                connect_stages(self._runtimes[first : first + stages], CHANNEL_NS)
+
+    def _runtime(self, engine: Engine, stages: int) -> VirtualRuntime:
+        stage = engine.place.stage
+        return VirtualRuntime(
+            world=self._world,
+            users=self._users if stage == 0 else None,
+            cost_model=engine.cost_model,
+            host=engine.host,
+            recorder=engine.recorder,
+            oracle=engine.oracle if stage == stages - 1 else None,
+        )
+
+    def run(self) -> None:
+        """Until nothing can happen any more. Raises a loop's own exception, and Deadlock."""
+        self._users.submit = self._runtimes[0].deliver
+        for engine, runtime in zip(self._engines, self._runtimes, strict=True):
+            self._world.start(engine.place.name, engine.loop(LoopContext(engine.scheduler, runtime)))
+        self._users.start()
+        self._world.run()
