@@ -11,6 +11,9 @@ from testbed.messages import GenerateRequest, Logprobs
 
 NEVER = -1
 """A time stamp (ns) that has not happened, a slot that is not held, a step that is not known."""
+ADVANCES = 1 << 40
+"""Decode steps that one running batch can count. Those of micro-batch m are counted from ``m * ADVANCES`` on, so that
+the number of a step says whose it is."""
 NO_TOKENS = np.empty(0, np.int32)
 NO_PAGES = np.empty(0, np.int32)
 
@@ -109,7 +112,7 @@ class Request:
         self.sampled = False
         """Its prefill's result has been processed: the first token since (re-)admission is known."""
         self.joined = NEVER
-        """The running batch's advance count when it joined (see RunningBatch)."""
+        """The running batch's advance count when it last joined one (see RunningBatch)."""
         self.in_running = False
         self.pending_prefills = 0
         """Launched prefill chunks whose result has not been processed."""
@@ -130,7 +133,7 @@ class Request:
         self.retractions = 0
         self.cached_tokens = NEVER
         self.segments: list[tuple[int, int]] = []
-        """Token times as (first advance, count) of the running batch's list of advance times; (-1 - ns, 1) for a
+        """Token times as (first advance, count) of a running batch's list of advance times; (-1 - ns, 1) for a
         prefill's token."""
 
     @property

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from testbed.batch import Batch
 from testbed.memory import PageAllocator, RequestSlots
-from testbed.request import Request
+from testbed.request import ADVANCES, Request
 
 Column = NDArray[np.int64]
 FAR = sys.maxsize
@@ -28,14 +28,15 @@ class RunningBatch:
     last by length; output_base: where the output before the next goes in the output table (as of the last change).
     """
 
-    def __init__(self, slots: RequestSlots, allocator: PageAllocator) -> None:
+    def __init__(self, slots: RequestSlots, allocator: PageAllocator, micro_batch: int = 0) -> None:
+        """``micro_batch``: whose it is; the first is 0."""
         self._tables = slots
         self._allocator = allocator
         self._page_size = allocator.page_size
-        self.advance = 0
-        """Decode steps launched."""
-        self.done = 0
-        """Decode steps whose result has been processed."""
+        self.advance = micro_batch * ADVANCES
+        """Number of the last decode step launched; the first is ``micro_batch * ADVANCES + 1``."""
+        self.done = self.advance
+        """Number of the last decode step whose result has been processed."""
         self.is_full = False
         """SGLang's ``batch_is_full``; used under ``admission: when_batch_shrinks`` only."""
         self.finished_rows = 0
