@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 import testbed
-from testbed.costs import load_host
+from testbed.costs import HostProfile, load_host
 from testbed.deployment import Engine, build_engine, build_engines
+from testbed.deployment.paced import PacedDeployment
 from testbed.deployment.simulated import Simulation
 from testbed.engine.builder import InputBuilder
 from testbed.engine.device import Device, open_device, processor_name
@@ -36,6 +37,7 @@ from testbed.runtime.modelled import OutOfMemory
 from testbed.runtime.paced import PacedDevice
 from testbed.runtime.real import RealDevice
 from testbed.runtime.traffic import Traffic
+from testbed.runtime.wall_threads import runtime_for
 from testbed.scenario.errors import InputError
 from testbed.scenario.load import load_scenario, resolve
 from testbed.scenario.plugins import own_faults
@@ -100,7 +102,10 @@ def execute(
     if chosen.executor == "simulated" and not paced:
         return simulate(chosen, progress=progress, checks=checks)
     if paced or chosen.executor == "paced":
-        engine = build_engine(chosen, checks=checks)
+        engines = build_engines(chosen, checks=checks)
+        if len(engines) > 1:
+            return _execute_paced(engines, progress)
+        engine = engines[0]
         return _execute(engine, lambda clock: PacedDevice(clock, engine.cost_model, engine.oracle), "paced", progress)
     with open_device(check_real(chosen)) as device:
         return execute_on(device, chosen, progress=progress, checks=checks)
@@ -131,22 +136,37 @@ def _execute(
     info: DeviceInfo | None = None,
 ) -> Run:
     """Drive the loop over a device until the workload has ended, or somebody interrupts it."""
-    scenario, inject = engine.scenario, None
-    if scenario.host_inject is not None:
-        inject = load_host(scenario.host_inject, tp=scenario.engine.parallel.tp, where="host_inject")
     clock, traffic = wall.WallClock(), Traffic(engine.workload, engine.oracle)
-    runtime = wall.WallRuntime(
+    runtime = runtime_for(engine.loop)(
         clock=clock,
         device=device_of(clock),
         recorder=engine.recorder,
         clients=wall.ScheduledClients(clock, traffic),
-        inject=inject,
+        inject=_injected(engine.scenario),
     )
     if progress is not None:
         _report_progress([engine], traffic, progress, clock.now_ns, PROGRESS_EVERY_NS)
     with own_faults(), _memory_rules(engine), wall.stops_on_interrupt(clock):
         wall.run_to_the_end(engine.loop(LoopContext(engine.scheduler, runtime)))
     return _run([engine], traffic, label, info, interrupted=clock.stopping)
+
+
+def _execute_paced(engines: Sequence[Engine], progress: Progress | None) -> Run:
+    """Drive several loops, a thread each, until the workload has ended, or somebody interrupts it."""
+    clock = wall.WallClock()
+    deployment = PacedDeployment(engines, clock, _injected(engines[0].scenario))
+    if progress is not None:
+        _report_progress(engines, deployment.traffic, progress, clock.now_ns, PROGRESS_EVERY_NS)
+    with own_faults(), _memory_rules(engines[0]), wall.stops_on_interrupt(clock):
+        deployment.run()
+    return _run(engines, deployment.traffic, "paced", interrupted=clock.stopping)
+
+
+def _injected(scenario: Scenario) -> HostProfile | None:
+    """The host whose time is spent where it is longer than this machine's own."""
+    if scenario.host_inject is None:
+        return None
+    return load_host(scenario.host_inject, tp=scenario.engine.parallel.tp, where="host_inject")
 
 
 def check_real(scenario: Scenario) -> EngineOptions:

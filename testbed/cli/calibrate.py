@@ -131,7 +131,7 @@ def _check(scenario: Scenario, paced: bool) -> None:
     from testbed import api, deployment
 
     if paced:
-        deployment.build_engines(scenario)
+        deployment.build_engine(scenario)
     else:
         api.check_real(scenario)
 

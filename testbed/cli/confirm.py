@@ -74,7 +74,7 @@ def _check(loaded: LoadedScenario, variants: Mapping[str, Scenario], thresholds:
             remedy = "use executor: real or paced, or the option --paced"
             raise InputError("there is nothing real to confirm a simulation with", where="executor", remedy=remedy)
         if paced or one.executor == "paced":
-            deployment.build_engines(one)
+            deployment.build_engine(one)
         else:
             api.check_real(one)
 

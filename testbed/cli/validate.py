@@ -30,10 +30,13 @@ def validate(scenario: options.ScenarioFile, settings: options.Settings = None) 
 def implied(scenario: Scenario) -> Iterator[tuple[str, str]]:
     """What follows from a scenario, as (label, words); variants share most. Raises InputError when it cannot run."""
     from testbed.costs.capacity import kv_dtype
-    from testbed.deployment import build_engine
+    from testbed.deployment import build_engines
 
-    engine, config = build_engine(scenario), scenario.engine
+    engines, config = build_engines(scenario), scenario.engine
+    engine = engines[0]
     yield "loop", engine.loop_name + (" (auto)" if config.loop == "auto" else "")
+    if len(engines) > 1:
+        yield "loops", ", ".join(one.place.name for one in engines)
     weights = engine.model.weight_bytes(config.dtype, config.quantization) / config.parallel.tp
     yield "weights", f"{weights / 1e9:.2f} GB a device"
     token_bytes = engine.model.kv_bytes_per_token(kv_dtype(config), config.parallel.tp, engine.model.layers)

@@ -88,12 +88,31 @@ def build_engine(
     checks: Checks = "delta",
     real: DeviceInfo | None = None,
     recorder: Recorder | None = None,
-    place: Place = ALONE,
+) -> Engine:
+    """Build the only engine that ``scenario`` names. ``real``: the device that will run it; its memory counts, not that
+    of the modelled one. ``recorder``: None: one that keeps everything. Raises InputError for anything that cannot run,
+    and for a scenario of several loops."""
+    names = [place.name for place in places_of(scenario)]
+    if len(names) > 1:
+        raise InputError(
+            f"the scenario asks for {len(names)} loops ({', '.join(names[:3])}{', ...' if names[3:] else ''}); this takes "
+            "one",
+            where="engine.parallel",
+            remedy="use parallel: {pp: 1, dp: 1}; testbed simulate and testbed run --paced take several",
+        )
+    return _build(scenario, ALONE, checks=checks, real=real, recorder=recorder)
+
+
+def _build(
+    scenario: Scenario,
+    place: Place,
+    *,
+    checks: Checks,
+    real: DeviceInfo | None = None,
+    recorder: Recorder | None = None,
     beside: Engine | None = None,
 ) -> Engine:
-    """Build one engine of what ``scenario`` names. ``real``: the device that will run it; its memory counts, not that
-    of the modelled one. ``recorder``: None: one that keeps everything. ``beside``: another engine of the deployment,
-    whose workload and tokens it shares. Raises InputError for anything that cannot run."""
+    """One engine. ``beside``: another one of the deployment, whose workload and tokens it shares."""
     config = scenario.engine
     model = load_model(scenario.model)
     device = load_device(scenario.device) if isinstance(scenario.device, str) else None
@@ -133,7 +152,7 @@ def build_engines(scenario: Scenario, *, checks: Checks = "delta") -> list[Engin
     """Every engine that ``scenario`` names, in the order of ``places_of``. Raises InputError like ``build_engine``."""
     engines: list[Engine] = []
     for place in places_of(scenario):
-        engines.append(build_engine(scenario, checks=checks, place=place, beside=engines[0] if engines else None))
+        engines.append(_build(scenario, place, checks=checks, beside=engines[0] if engines else None))
     return engines
 
 

@@ -9,8 +9,9 @@ from testbed.loops.base import LoopContext
 from testbed.runtime.channels import connect_stages
 from testbed.runtime.leap import LEAPING, Leaper
 from testbed.runtime.traffic import Traffic
+from testbed.runtime.users import WorkloadUsers
 from testbed.runtime.virtual import VirtualRuntime
-from testbed.runtime.world import VirtualUsers, World
+from testbed.runtime.world import World
 
 CHANNEL_NS = 20_000
 """A message from one stage's process to the next, pickled and sent by gloo or ZMQ on one machine: a guess."""
@@ -23,7 +24,7 @@ class Simulation:
         """``leap``: see ``testbed.runtime.leap``; never where loops wait for one another."""
         self.traffic = Traffic(engines[0].workload, engines[0].oracle)
         self._world = World()
-        self._users = VirtualUsers(self._world, self.traffic)
+        self._users = WorkloadUsers(self._world, self.traffic)
         self._engines = engines
         stages = engines[0].scenario.engine.parallel.pp
         self._runtimes = [self._runtime(engine, stages) for engine in engines]

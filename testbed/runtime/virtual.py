@@ -8,8 +8,8 @@ event is made at all (``_settle``), which is what makes a step cost microseconds
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import numpy as np
 import simpy
@@ -19,34 +19,19 @@ from testbed.batch import Batch, StepResult
 from testbed.costs import CostModel, HostProfile
 from testbed.messages import ControlOutput, GrammarReady, GrammarSpec, Message, RequestOutput
 from testbed.metrics.recorder import Recorder
-from testbed.ports import Neighbours, Peers, Stage
+from testbed.ports import Neighbours, Peers, Stage, Threads
 from testbed.request import NO_TOKENS
 from testbed.runtime.alone import Alone
 from testbed.runtime.modelled import Activations, Deadlock, device_time, price_batch, ready_ns
 from testbed.runtime.oracle import FAR, Oracle
-from testbed.runtime.world import VirtualUsers, World, wait
+from testbed.runtime.users import Users, WorkloadUsers
+from testbed.runtime.virtual_threads import VirtualThreads
+from testbed.runtime.world import World, wait
 
 GRAMMAR_NS = 30_000_000
 """From a grammar's arrival until it is compiled: a small JSON schema in our server (median of 30, two busy cores)."""
 STANDSTILL = 10_000
 """Iterations at one instant, without a launch, after which a loop is said to spin."""
-
-
-class Users(Protocol):
-    """Whom a loop's outputs go to."""
-
-    @property
-    def tied_to_iterations(self) -> bool:
-        """Whether a later iteration will bring a request, so that the loop must not block."""
-        ...
-
-    def due(self, iteration: int, now_ns: int) -> Sequence[Message]:
-        """Messages tied to this iteration or an earlier one: sent now."""
-        ...
-
-    def hear(self, output: RequestOutput | ControlOutput, now_ns: int) -> None:
-        """The end of a request, or the answer to a control message."""
-        ...
 
 
 class VirtualRuntime:
@@ -72,6 +57,7 @@ class VirtualRuntime:
         self.inbox = self.cpu = self.executor = self.outbox = self.grammars = self
         self.neighbours: Neighbours = Alone()
         self.peers: Peers = Alone()
+        self.threads: Threads = VirtualThreads(self)
         self.activation_ns = activation_ns
         self.cost_model = cost_model
         self.host = host
@@ -182,6 +168,8 @@ class VirtualRuntime:
         """Pay the debt to SimPy's clock. Called only when somebody else's event comes before the loop's own time: else
         nobody would notice, and the debt is carried on without an event."""
         await wait(self.env.timeout(self.local_ns - self.env.now))
+        while self.env.now < self.local_ns:  # another thread of the loop has worked meanwhile
+            await wait(self.env.timeout(self.local_ns - self.env.now))
 
     # -- Executor ----------------------------------------------------------------------------------------------------
 
@@ -287,7 +275,7 @@ class _Launched:
         return result
 
 
-def run_to_the_end(loop: Coroutine[Any, Any, None], runtime: VirtualRuntime, users: VirtualUsers) -> None:
+def run_to_the_end(loop: Coroutine[Any, Any, None], runtime: VirtualRuntime, users: WorkloadUsers) -> None:
     """A deployment of one loop: run it until nothing can happen any more. Raises the loop's own exception, and Deadlock
     when requests are open but no event is left."""
     users.submit = runtime.deliver

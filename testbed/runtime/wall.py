@@ -23,7 +23,7 @@ from testbed.batch import Batch, StepCost, StepResult
 from testbed.costs import HostProfile
 from testbed.messages import ControlOutput, GrammarReady, GrammarSpec, Message, RequestOutput
 from testbed.metrics.recorder import Recorder
-from testbed.ports import Grammars, Inbox, Neighbours, Peers, Stage
+from testbed.ports import Grammars, Inbox, Neighbours, Peers, Stage, Threads
 from testbed.runtime.alone import Alone
 from testbed.runtime.modelled import Deadlock
 from testbed.runtime.oracle import FAR
@@ -201,6 +201,7 @@ class WallRuntime:
         self.inbox = self.cpu = self.executor = self.outbox = self
         self.neighbours: Neighbours = Alone()
         self.peers: Peers = Alone()
+        self.threads: Threads = Alone()
         self.grammars = grammars or NoGrammars(self)
         self.clock = clock
         self.now_ns = clock.now_ns
@@ -277,6 +278,10 @@ class WallRuntime:
     async def sleep(self, duration_ns: int) -> None:
         """See ports.Cpu. The time is in nobody's span."""
         self.clock.wait_until(self.now_ns() + duration_ns)
+        self.begin_span()
+
+    def begin_span(self) -> None:
+        """The loop has waited for something, which is in nobody's span."""
         self._mark_ns = self.now_ns()
 
     # -- Executor -----------------------------------------------------------------------------------------------------

@@ -13,10 +13,7 @@ import simpy
 from simpy.core import StopSimulation
 from simpy.events import URGENT
 
-from testbed.messages import ControlOutput, GenerateRequest, RequestOutput
 from testbed.runtime.modelled import Deadlock
-from testbed.runtime.traffic import Traffic
-from testbed.workload.base import TimedRequest
 
 
 @types.coroutine
@@ -32,7 +29,7 @@ class World:
         self.env = simpy.Environment()
         self.open_requests: Callable[[], int] = lambda: 0
         """Requests that were sent and have not ended."""
-        self._loops: dict[str, Coroutine[Any, Any, None]] = {}
+        self._loops: list[tuple[str, Coroutine[Any, Any, None]]] = []
         self._failure: BaseException | None = None
 
     def at(self, when_ns: int, action: Callable[[], None]) -> None:
@@ -44,7 +41,8 @@ class World:
 
     def start(self, name: str, loop: Coroutine[Any, Any, None]) -> None:
         """A loop begins at this instant."""
-        self._loops[name] = guarded = self._guarded(loop)
+        guarded = self._guarded(loop)
+        self._loops.append((name, guarded))
         self.env.process(guarded)  # type: ignore[arg-type]  # SimPy asks for send and throw, which a coroutine has
 
     async def _guarded(self, loop: Coroutine[Any, Any, None]) -> None:
@@ -69,11 +67,11 @@ class World:
             if self._failure is not None:
                 raise self._failure
             if count := self.open_requests():
-                waiting = "; ".join(f"{name} waits in {where_it_waits(loop)}" for name, loop in self._loops.items())
+                waiting = "; ".join(f"{name} waits in {where_it_waits(loop)}" for name, loop in self._loops)
                 message = f"at {self.env.now} ns nothing can happen any more and {count} requests are open; {waiting}"
                 raise Deadlock(message)
         finally:
-            for loop in self._loops.values():
+            for _, loop in self._loops:
                 loop.close()
 
 
@@ -87,44 +85,3 @@ def where_it_waits(coroutine: Coroutine[Any, Any, Any]) -> str:
             chain.append(f"{frame.f_code.co_name} (line {frame.f_lineno})")
         awaited = getattr(awaited, "cr_await", None)
     return " > ".join(chain)
-
-
-class VirtualUsers:
-    """A workload's users in virtual time: they send to ``submit``, an engine's inbox or a router, and hear the ends."""
-
-    def __init__(self, world: World, traffic: Traffic) -> None:
-        self.traffic = traffic
-        self.submit: Callable[[GenerateRequest], None]
-        """Whoever takes their requests; set by who builds the deployment."""
-        self._world = world
-        world.open_requests = lambda: traffic.open
-
-    @property
-    def tied_to_iterations(self) -> bool:
-        """Whether a later iteration of a loop will bring a request."""
-        return self.traffic.tied_to_iterations
-
-    def start(self) -> None:
-        """Begin to send the workload's requests, one scheduled event ahead."""
-        timed = self.traffic.next_timed()
-        if timed is None:
-            return
-
-        def arrive() -> None:
-            self._arrive(timed)
-            self.start()
-
-        self._world.at(timed.arrival_ns, arrive)
-
-    def _arrive(self, timed: TimedRequest) -> None:
-        self.submit(self.traffic.send(timed))
-
-    def due(self, iteration: int, now_ns: int) -> list[GenerateRequest]:
-        """Requests tied to an iteration of the only loop: sent now."""
-        return self.traffic.due(iteration, now_ns)
-
-    def hear(self, output: RequestOutput | ControlOutput, now_ns: int) -> None:
-        """The end of a request may make its user send the next."""
-        if isinstance(output, RequestOutput):
-            for timed in self.traffic.end(output, now_ns):
-                self._world.at(timed.arrival_ns, lambda timed=timed: self._arrive(timed))  # type: ignore[misc]

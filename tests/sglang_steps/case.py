@@ -20,7 +20,8 @@ from testbed.runtime.modelled import Deadlock
 from testbed.runtime.oracle import Oracle
 from testbed.runtime.traffic import Traffic
 from testbed.runtime.virtual import VirtualRuntime, run_to_the_end
-from testbed.runtime.world import VirtualUsers, World
+from testbed.runtime.users import WorkloadUsers
+from testbed.runtime.world import World
 from testbed.scenario.schema import EngineConfig, Rules
 from testbed.scheduler.scheduler import Scheduler
 from testbed.tokens import oracle_key, stream_key
@@ -144,7 +145,7 @@ def replay(path: Path) -> tuple[dict[str, Any], Replayed]:
         checks="full",
     )
     world, oracle = World(), Oracle(0, VOCABULARY, scheduler.memory.slots.count)
-    users = VirtualUsers(world, Traffic(CaseWorkload(timed_requests(case["requests"])), oracle))
+    users = WorkloadUsers(world, Traffic(CaseWorkload(timed_requests(case["requests"])), oracle))
     runtime = VirtualRuntime(
         world=world, users=users, cost_model=OneNanosecond(), host=NoHost(), recorder=recorder, oracle=oracle
     )

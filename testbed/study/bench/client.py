@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 
 from testbed import api
-from testbed.deployment import Engine, build_engine
+from testbed.deployment import Engine, build_engines
 from testbed.messages import GenerateRequest, TokenPrompt
 from testbed.metrics.columns import NS_PER_S
 from testbed.metrics.run import Run
@@ -58,7 +58,7 @@ def check_bench(scenario: Scenario) -> Engine:
             where="workload.arrivals",
             remedy="use arrivals in time, e.g. {kind: poisson, rate_per_s: 2}",
         )
-    return build_engine(scenario)
+    return build_engines(scenario)[0]
 
 
 def bench(server: Server, scenario: Scenario, *, progress: api.Progress | None = None) -> Run:

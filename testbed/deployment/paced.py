@@ -1,0 +1,66 @@
+"""A deployment on the wall clock, in front of modelled devices: a thread for each loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from testbed.costs import HostProfile
+from testbed.deployment.build import Engine
+from testbed.loops.base import LoopContext
+from testbed.runtime.channels import Ring
+from testbed.runtime.paced import PacedDevice
+from testbed.runtime.traffic import Traffic
+from testbed.runtime.users import WorkloadUsers
+from testbed.runtime.wall import WallClock, WallRuntime
+from testbed.runtime.wall_world import Mailbox, WallChannel, WallWorld
+
+
+class PacedDeployment:
+    """The engines of one deployment (see ``build_engines``), ready to run once."""
+
+    def __init__(self, engines: Sequence[Engine], clock: WallClock, inject: HostProfile | None) -> None:
+        """``inject``: see ``WallRuntime``."""
+        self.traffic = Traffic(engines[0].workload, engines[0].oracle)
+        self._world = WallWorld(clock)
+        self._users = WorkloadUsers(self._world, self.traffic)
+        self._engines = engines
+        stages = engines[0].scenario.engine.parallel.pp
+        self._mailboxes = [
+            Mailbox(self._world, engine.place.name, None if engine.place.stage else self._users) for engine in engines
+        ]
+        self._runtimes = [
+            self._runtime(engine, mailbox, clock, inject, stages)
+            for engine, mailbox in zip(engines, self._mailboxes, strict=True)
+        ]
+        self._next: list[WallChannel | None] = [None] * len(engines)
+        if stages > 1:
+            for first in range(0, len(engines), stages):
+                self._connect(range(first, first + stages))
+
+    @staticmethod
+    def _runtime(
+        engine: Engine, mailbox: Mailbox, clock: WallClock, inject: HostProfile | None, stages: int
+    ) -> WallRuntime:
+        draws = engine.place.stage == stages - 1
+        device = PacedDevice(clock, engine.cost_model, engine.oracle if draws else None)
+        return WallRuntime(clock=clock, device=device, recorder=engine.recorder, clients=mailbox, inject=inject)
+
+    def _connect(self, ring: range) -> None:
+        """Make a ring of the loops of one pipeline's stages."""
+        count = len(ring)
+        channels = []
+        for stage in range(count):
+            receiver = ring[(stage + 1) % count]
+            channels.append(WallChannel(self._world, self._engines[receiver].place.name, self._runtimes[receiver]))
+        for stage, number in enumerate(ring):
+            self._runtimes[number].neighbours = Ring(stage, count, channels[stage - 1], channels[stage])
+            self._next[number] = channels[stage]
+
+    def run(self) -> None:
+        """Until every request has ended. Raises a loop's own exception, and Deadlock."""
+        self._users.submit = self._mailboxes[0].deliver
+        for engine, runtime, channel in zip(self._engines, self._runtimes, self._next, strict=True):
+            loop = engine.loop(LoopContext(engine.scheduler, runtime))
+            self._world.start(engine.place.name, loop, channel.close if channel else lambda: None)
+        self._users.start()
+        self._world.run()
