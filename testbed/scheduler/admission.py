@@ -43,10 +43,9 @@ class PrefillAdder:
         self.prefills: list[Prefill] = []
         self.chunked: Request | None = None
         self.matched_tokens = 0
-        running = scheduler.running
         expected = 0.0
-        if running.requests and self.rules.reserve == "estimate":
-            expected = scheduler.new_token_ratio * running.remaining_outputs(self.clip)
+        if self.rules.reserve == "estimate":
+            expected = scheduler.new_token_ratio * scheduler.remaining_outputs(self.clip)
         self.total_offset = mixed_rows + expected
         self.current_offset = mixed_rows
         self._finish_order: list[tuple[float, int]] | None = None
@@ -112,7 +111,7 @@ class PrefillAdder:
     def add(self, request: Request) -> Verdict:
         """Try to admit ``request``; anything but CONTINUE ends this step's admission."""
         scheduler = self.scheduler
-        alone = not self.rules.can_stall and not scheduler.running.requests and not self.prefills
+        alone = not (self.rules.can_stall or scheduler.running.requests or self.prefills or scheduler.others_run())
         if self.rules.ignore_eos_admission and request.ignore_eos and scheduler.cache.disabled and not alone:
             return self._add_ignore_eos(request)
         estimated = self.rules.reserve == "estimate" and not self.rules.can_stall and not alone
@@ -195,16 +194,15 @@ class PrefillAdder:
 
     def _enter_finish_order(self, request: Request) -> None:
         """Keep (tokens left, tokens occupied) of everybody sorted by tokens left."""
-        running = self.scheduler.running
-        done = running.done
+        scheduler = self.scheduler
 
         def state(other: Request) -> tuple[float, int]:
-            ratio = 1.0 if other.ignore_eos else self.scheduler.new_token_ratio
-            outputs = other.outputs_known(done)
+            ratio = 1.0 if other.ignore_eos else scheduler.new_token_ratio
+            outputs = scheduler.outputs_known(other)
             return other.max_new_tokens * ratio - outputs, other.prompt_tokens + outputs
 
         if self._finish_order is None:
-            everybody = [request, *running.requests, *(prefill.request for prefill in self.prefills)]
+            everybody = [request, *scheduler.everybody_running(), *(prefill.request for prefill in self.prefills)]
             self._finish_order = sorted((s for s in map(state, everybody) if s[0] > 0), key=lambda s: s[0])
             return
         entry = state(request)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from testbed.batch import Batch
 
 if TYPE_CHECKING:
+    from testbed.scheduler.running import RunningBatch
     from testbed.scheduler.scheduler import Scheduler
 
 
@@ -63,15 +64,16 @@ class Static:
     replaced)."""
 
     def __init__(self) -> None:
-        self._filling = True
+        self._filling: dict[RunningBatch, bool] = {}
 
     def next_batch(self, scheduler: Scheduler) -> Batch | None:
         """A prefill while the batch is being filled, else a decode step."""
-        if len(scheduler.running) == scheduler.running.finished_rows:
-            self._filling = True  # also with a half computed prompt: nobody is left that it could wait for
-        if self._filling and (prefill := scheduler.new_prefill_batch(scheduler.chunk_size)):
+        running = scheduler.running
+        if len(running) == running.finished_rows:
+            self._filling[running] = True  # also with a half computed prompt: nobody is left that it could wait for
+        if self._filling[running] and (prefill := scheduler.new_prefill_batch(scheduler.chunk_size)):
             return prefill
-        self._filling = False
+        self._filling[running] = False
         return scheduler.decode_batch()
 
 

@@ -67,7 +67,7 @@ def get_internal_state(scheduler: Scheduler, message: GetInternalState) -> Outpu
     """Queue lengths, pool use and the settings that ``SetInternalState`` may change."""
     memory = scheduler.memory
     state: dict[str, int | float | str] = {
-        "running": len(scheduler.running) - scheduler.running.finished_rows,
+        "running": sum(one.rows for one in scheduler.micro_batches),
         "waiting": len(scheduler.waiting),
         "compiling": len(scheduler.grammar_queue),
         "max_total_num_tokens": memory.allocator.capacity_tokens,

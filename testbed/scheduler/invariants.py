@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from testbed.batch import Batch, ForwardMode
 from testbed.memory import Node
 from testbed.request import NEVER, NO_PAGES, Request
+from testbed.scheduler.micro_batch import seats_of
 
 if TYPE_CHECKING:
     from testbed.scheduler.scheduler import Scheduler
@@ -111,9 +112,11 @@ class Invariants:
         self._require(bool(prefills or batch.decodes), "batch", "empty batch")
         ranks = {prefill.request.rank for prefill in prefills}
         self._require(len(ranks) == len(prefills), "batch", "a request is in the batch twice")
-        limit = scheduler.config.max_running_requests
+        limit, rows = scheduler.config.max_running_requests, running + len(prefills)
+        if scheduler.micro_batch.others:
+            limit = len(scheduler.micro_batches) * seats_of(limit, len(scheduler.micro_batches))
+            rows = scheduler.memory.slots.count - scheduler.memory.slots.available
         # A half-computed prompt goes on whatever the limit says: its KV would be stranded.
-        rows = running + len(prefills)
         self._require(rows <= limit + scheduler.continued, "batch", f"{rows} requests run, the limit is {limit}")
         for request, prefix, new, last in batch.prefills:
             self._require(new > 0, "batch", f"{request.rid} prefills {new} tokens")
@@ -133,15 +136,7 @@ class Invariants:
         nodes = scheduler.memory.cache.nodes()
         self._page_owners(holders, nodes)
         self._locks(holders, nodes)
-        running = scheduler.running
-        live = [request for request in running.requests if request.finish_reason is None]
-        self._require(running.finished_rows == len(running.requests) - len(live), "full", "finished rows miscounted")
-        self._require(len({r.rank for r in running.requests}) == len(running), "full", "a request runs twice")
-        for row, request in enumerate(running.requests):
-            if request.finish_reason is None:
-                held = int(running.start[row]) + running.advance
-                self._require(held == scheduler.allocated_tokens(request), "full", f"{request.rid}: KV length differs")
-                self._require(int(running.slots[row]) == request.slot, "full", f"{request.rid}: slot differs")
+        self._running_rows()
         waiting = {request.rank for request in scheduler.waiting}
         self._require(len(waiting) == len(scheduler.waiting), "full", "a request waits twice")
         everybody = [*(r.rank for r in holders), *waiting, *scheduler.grammar_queue.compiling]
@@ -149,10 +144,26 @@ class Invariants:
         self._require(all(r.slot == NEVER for r in scheduler.waiting), "full", "a waiting request holds a slot")
         asked = sum(request.grammar is not None for request in scheduler.requests.values())
         self._require(asked == scheduler.grammar_queue.open, "full", "requests with a grammar miscounted")
-        last = scheduler.last_batch
-        joining = {prefill.request.rank for prefill in last.prefills} if last is not None else set()
+        steps = [one.last_batch for one in scheduler.micro_batches if one.last_batch is not None]
+        joining = {prefill.request.rank for step in steps for prefill in step.prefills}
         somewhere = all(r.in_running or r is scheduler.chunked or r.rank in joining for r in holders)
         self._require(somewhere, "full", "a request holds KV and is in no batch")
+
+    def _running_rows(self) -> None:
+        """Every request runs in one micro-batch at most; the columns say of each row what the request says."""
+        scheduler = self._scheduler
+        everywhere = [request.rank for one in scheduler.micro_batches for request in one.running.requests]
+        self._require(len(set(everywhere)) == len(everywhere), "full", "a request runs twice")
+        for running in (one.running for one in scheduler.micro_batches):
+            live = [request for request in running.requests if request.finish_reason is None]
+            miscounted = running.finished_rows != len(running.requests) - len(live)
+            self._require(not miscounted, "full", "finished rows miscounted")
+            for row, request in enumerate(running.requests):
+                if request.finish_reason is None:
+                    held = int(running.start[row]) + running.advance
+                    same = held == scheduler.allocated_tokens(request)
+                    self._require(same, "full", f"{request.rid}: KV length differs")
+                    self._require(int(running.slots[row]) == request.slot, "full", f"{request.rid}: slot differs")
 
     def _page_owners(self, holders: list[Request], nodes: list[Node]) -> None:
         scheduler = self._scheduler

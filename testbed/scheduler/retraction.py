@@ -38,7 +38,7 @@ def retract_decode(scheduler: Scheduler, batch: Batch) -> None:
         victims.append(chunked)
         batch.evicted_tokens += scheduler.memory.make_room(wanted())
     while rows and (not victims or scheduler.memory.allocator.available_tokens < wanted()):
-        if len(rows) == 1 and (scheduler.chunked is None or rules.can_stall):
+        if len(rows) == 1 and not _the_last_goes(scheduler, int(opening[rows].sum())):
             break
         request = requests[rows.pop()]
         _retract(scheduler, request)
@@ -52,6 +52,15 @@ def retract_decode(scheduler: Scheduler, batch: Batch) -> None:
     _wait_again(scheduler, victims)
     _new_ratio(scheduler)
     scheduler.recorder.count("retractions", len(victims))
+
+
+def _the_last_goes(scheduler: Scheduler, wanted: int) -> bool:
+    """The last row goes too where somebody else holds what it wants: a half-computed prompt, or other micro-batches,
+    whose ends will free it. (It would be retracted again and again for nothing if nobody did, and if it waited in its
+    place, the last rows of two micro-batches could wait for each other.)"""
+    if scheduler.others_run():
+        return scheduler.memory.allocator.available_tokens < wanted
+    return scheduler.chunked is not None and not scheduler.rules.can_stall
 
 
 def _order(scheduler: Scheduler) -> list[int]:
@@ -73,8 +82,8 @@ def _is_the_newest(scheduler: Scheduler, chunked: Request) -> bool:
 
 def _retract(scheduler: Scheduler, request: Request) -> None:
     """Take the request's KV; its known outputs become part of what its next prefill computes."""
-    running, memory = scheduler.running, scheduler.memory
-    known = request.outputs_known(running.done)
+    memory = scheduler.memory
+    known = scheduler.outputs_known(request)
     fresh = known - request.old_outputs
     if fresh:
         outputs = memory.slots.outputs[request.slot, :fresh]
@@ -118,8 +127,8 @@ def insert_by_arrival(waiting: list[Request], request: Request) -> None:
 
 
 def _new_ratio(scheduler: Scheduler) -> None:
-    running = scheduler.running
-    generated = sum(request.outputs_known(running.done) for request in running.requests)
-    most = sum(request.max_new_tokens for request in running.requests)
+    running = scheduler.everybody_running()
+    generated = sum(map(scheduler.outputs_known, running))
+    most = sum(request.max_new_tokens for request in running)
     ahead = RETRACT_DECODE_STEPS * len(running)
     scheduler.new_token_ratio = min(1.0, (generated + ahead) / most) if most else scheduler.ratio_init

@@ -17,7 +17,7 @@ from testbed.memory import KvMemory
 from testbed.memory.slots import slots_needed
 from testbed.messages import ControlOutput, GenerateRequest, GrammarReady, Message, RequestOutput
 from testbed.metrics.recorder import Recorder
-from testbed.request import NEVER, NO_TOKENS, FinishReason, Request
+from testbed.request import ADVANCES, NEVER, NO_TOKENS, FinishReason, Request
 from testbed.scenario.errors import InputError
 from testbed.scenario.schema import EngineConfig
 from testbed.scheduler.admission import PrefillAdder, Verdict
@@ -27,6 +27,7 @@ from testbed.scheduler.dispatch import dispatch
 from testbed.scheduler.grammar_queue import GrammarQueue
 from testbed.scheduler.invariants import Invariants
 from testbed.scheduler.logprobs import keep_logprobs
+from testbed.scheduler.micro_batch import build_micro_batches, seats_of
 from testbed.scheduler.policies import CACHE_AWARE, POLICIES, Policy, fcfs, with_priority
 from testbed.scheduler.retraction import insert_by_arrival, retract_decode
 from testbed.scheduler.running import RunningBatch
@@ -61,19 +62,21 @@ class Scheduler:
         self.vocab_size = vocab_size
         self.seed = seed
         self.memory = _build_memory(config, kv_tokens, context_length)
+        self.recorder = recorder or Recorder()
+        self.micro_batches = build_micro_batches(config.parallel.pp, self.memory, self.recorder)
+        """One for each stage of the pipeline; alone, one."""
+        self.select_micro_batch(0)
         self.cache = self.memory.cache
         self.max_request_tokens = min(context_length - 1, self.memory.allocator.capacity_tokens - 1)
         """Prompt and output together never exceed this (specification B.11)."""
         self.max_running_requests = config.max_running_requests
         self.chunk_size = None if config.chunked_prefill_size == -1 else config.chunked_prefill_size
-        self.running = RunningBatch(self.memory.slots, self.memory.allocator)
         self.waiting: list[Request] = []
         self.grammar_queue = GrammarQueue()
         self.chunked: Request | None = None
         """The one request whose prompt is half computed."""
-        self.last_batch: Batch | None = None
         self.vacated: Batch | None = None
-        """A decode step that was not launched, because its retractions left nobody; the next launch reports them."""
+        """Decode steps that were not launched, because their retractions left nobody; the next launch reports them."""
         self.in_flight: list[Batch] = []
         self.requests: dict[str, Request] = {}
         """Every request that has not ended, by id."""
@@ -100,13 +103,11 @@ class Scheduler:
         self.strategy = strategy or STRATEGIES[config.batching]()
         self.strategy_is_ours = strategy is None
         """All built-in strategies take a plain decode step when nobody waits; a user's own may not."""
-        self.recorder = recorder or Recorder()
         self.decision_log = DecisionLog()
         self.invariants = Invariants(self, every_step=checks == "full")
-
         self.now_ns = 0
-        self.stalled = False
-        """The last decision found nothing to run, and only a message or a result can change that."""
+        self.fruitless = 0
+        """Decisions in a row that found nothing to run where only a message or a result can change that."""
         self.idle_checked = True
         """No result has been processed since the last idle check."""
         self.admitted = self.matched_tokens = self.matched_in_policy = self.scanned = 0
@@ -138,9 +139,11 @@ class Scheduler:
     def can_build_batch(self) -> bool:
         """Whether a batch can be built without another message or result, or the idle check that follows the last one
         is still to be made: a loop that blocked before it would carry the estimate of output over the pause."""
-        if self.stalled:
+        if self.fruitless >= len(self.micro_batches):
             return False
-        return bool(self.running.requests or self.waiting or self.chunked or self.last_batch or not self.idle_checked)
+        if self.running.requests or self.waiting or self.chunked or self.last_batch or not self.idle_checked:
+            return True
+        return any(other.running.requests or other.last_batch for other in self.micro_batch.others)
 
     @property
     def idle(self) -> bool:
@@ -151,7 +154,7 @@ class Scheduler:
         """Dispatch one message; what has to be sent at once is returned. A message never raises: a bad one is
         refused."""
         self.now_ns = now_ns
-        self.stalled = False
+        self.fruitless = 0
         return dispatch(self, message)
 
     def add_request(self, source: GenerateRequest) -> list[RequestOutput | ControlOutput]:
@@ -252,16 +255,60 @@ class Scheduler:
             request.logprobs,
         )
 
+    # -- micro-batches ------------------------------------------------------------------------------------------------
+
+    def select_micro_batch(self, place: int) -> None:
+        """What follows, decision or result, is about this one: 0 .. stages - 1. ``running`` is its running batch."""
+        self.micro_batch = self.micro_batches[place]
+        self.running = self.micro_batch.running
+
+    @property
+    def last_batch(self) -> Batch | None:
+        """The last decision, of this micro-batch."""
+        return self.micro_batch.last_batch
+
+    def running_of(self, request: Request) -> RunningBatch:
+        """The running batch whose row ``request`` is; any, if it is none."""
+        return self.micro_batches[request.joined // ADVANCES].running
+
+    def outputs_known(self, request: Request) -> int:
+        """Output tokens of ``request`` whose ids are known."""
+        return request.outputs_known(self.running_of(request).done)
+
+    def others_run(self) -> bool:
+        """Whether requests of other micro-batches hold KV, which their ends will free."""
+        return any(other.rows or other.joining() for other in self.micro_batch.others)
+
+    def everybody_running(self) -> list[Request]:
+        """The running requests, then those of other micro-batches."""
+        others = (request for other in self.micro_batch.others for request in other.open_requests())
+        return [*self.running.requests, *others]
+
+    def remaining_outputs(self, clip: int) -> int:
+        """Tokens that all running requests may still generate, each at most ``clip``: they share the memory."""
+        own = self.running.remaining_outputs(clip) if self.running.requests else 0
+        return own + sum(other.remaining_outputs(clip) for other in self.micro_batch.others)
+
+    def _seats_in_micro_batch(self) -> int:
+        """Requests that this one may have more, and all together: a prompt whose chunks travelled on sits in another
+        micro-batch than the one that had a seat for it."""
+        share = seats_of(self.max_running_requests, len(self.micro_batches))
+        slots = self.memory.slots
+        held = slots.count - slots.available - (self.chunked is not None)
+        return min(share - len(self.running), share * len(self.micro_batches) - held)
+
     # -- decision -----------------------------------------------------------------------------------------------------
 
     def get_next_batch_to_run(self, now_ns: int) -> Batch | None:
         """The next step, with its memory; None when there is nothing to run now."""
         self.now_ns = now_ns
         self.admitted = self.matched_tokens = self.matched_in_policy = self.scanned = 0
-        running = self.running
+        micro_batch, running = self.micro_batch, self.running
         full_before = running.is_full
-        last = self.last_batch
-        if last is not None and (last.prefills or self.chunked is not None):
+        last = micro_batch.last_batch
+        if self.chunked is not None:
+            self.memory.publish(self.chunked)
+        if last is not None and last.prefills:
             self._merge_last_batch(last)
         if running.finished_rows and self.rules.admission == "every_step":
             running.filter_finished()
@@ -270,7 +317,7 @@ class Scheduler:
         batch = self.strategy.next_batch(self)
         if batch is None and self.vacated is not None and not self.in_flight:
             batch = self.strategy.next_batch(self)  # what the retracted held is free now, and no result will tell
-        self.last_batch = batch
+        micro_batch.last_batch = batch
         if self._built and (len(self._built) > 1 or self._built[0] is not batch):
             raise InputError(
                 f"the strategy built {len(self._built)} batches, which hold memory, and did not return just that one",
@@ -283,15 +330,12 @@ class Scheduler:
             # Under SGLang's latch this very decision may have cleared the latch, or dropped rows that its budgets still
             # counted: then the next one can succeed.
             opened = len(running.requests) < rows_before or (full_before and not running.is_full)
-            self.stalled = not self.in_flight and not (opened and (self.waiting or self.chunked is not None))
+            in_vain = not self.in_flight and not (opened and (self.waiting or self.chunked is not None))
+            self.fruitless = self.fruitless + 1 if in_vain else 0
         return batch
 
     def _merge_last_batch(self, last: Batch) -> None:
         """The last step's prefills join the running batch, without those that ended or have more chunks to go."""
-        if self.chunked is not None and self.chunked.slot != NEVER:
-            self.memory.publish(self.chunked)
-        if not last.prefills:
-            return
         running = self.running
         joining = [
             prefill.request
@@ -329,6 +373,8 @@ class Scheduler:
         if self.chunked is None and (not self.waiting or not self._may_admit(token_budget)):
             return None
         seats = self.max_running_requests - len(running)
+        if self.micro_batch.others:
+            seats = self._seats_in_micro_batch()
         if seats <= 0 and self.chunked is None:
             running.is_full = True
             return None
@@ -422,6 +468,7 @@ class Scheduler:
         if memory.allocator.free_pages < pages:
             retract_decode(self, batch)
             if not running.requests:
+                self._report_vacated(batch)
                 self.vacated = batch
                 return None
         else:
@@ -467,9 +514,7 @@ class Scheduler:
         batch.index = self.steps
         self.steps += 1
         if self.vacated is not None:
-            batch.retracted = [*self.vacated.retracted, *batch.retracted]
-            batch.evicted_tokens += self.vacated.evicted_tokens
-            self.vacated = None
+            self._report_vacated(batch)
         slots = self.memory.slots
         if slots.rewritten:
             batch.rewritten, slots.rewritten = slots.rewritten, []
@@ -483,8 +528,11 @@ class Scheduler:
             batch.shape = BatchShape(new, prefix, rows, running.context_tokens(), running.context_max())
         else:
             batch.shape = BatchShape(new, prefix)
+        rows_running = len(running.requests)
+        if self.micro_batch.others:
+            rows_running += sum(other.rows for other in self.micro_batch.others)
         batch.decided = (
-            len(running.requests),
+            rows_running,
             len(self.waiting),
             allocator.free_pages * allocator.page_size,
             self.cache.evictable_tokens,
@@ -499,13 +547,21 @@ class Scheduler:
         if self.on_step is not None:
             self.on_step()
 
+    def _report_vacated(self, batch: Batch) -> None:
+        """What steps did that were not launched goes into the record of ``batch``."""
+        if self.vacated is not None:
+            batch.retracted = [*self.vacated.retracted, *batch.retracted]
+            batch.evicted_tokens += self.vacated.evicted_tokens
+            self.vacated = None
+
     # -- results ------------------------------------------------------------------------------------------------------
 
     def process_batch_result(self, batch: Batch, result: StepResult) -> list[Request]:
         """Apply a result; results come in launch order. Returns the requests that ended."""
         assert self.in_flight and self.in_flight[0] is batch, "results are applied in launch order"
+        assert batch is self.micro_batch.last_batch or not self.micro_batch.others, "the result of another micro-batch"
         self.in_flight.pop(0)
-        self.stalled = self.idle_checked = False
+        self.fruitless, self.idle_checked = 0, False
         ended, self.failed = self.failed, []
         if result.invalid:
             self._end_invalid(batch, result, ended)
@@ -578,7 +634,7 @@ class Scheduler:
     def allocated_tokens(self, request: Request) -> int:
         """KV tokens that ``request`` holds room for."""
         if request.in_running:
-            return len(request.fill_ids) + self.running.advance - request.joined
+            return len(request.fill_ids) + self.running_of(request).advance - request.joined
         return request.kv_tokens
 
     def _release(self, request: Request) -> None:
@@ -588,7 +644,7 @@ class Scheduler:
             request.output_ids = request.fill_ids[request.prompt_tokens :]
             self.memory.drop(request, allocated)
             return
-        fresh = request.outputs_known(self.running.done) - request.old_outputs
+        fresh = self.outputs_known(request) - request.old_outputs
         outputs = self.memory.slots.outputs[request.slot, :fresh]
         tokens = np.concatenate((request.fill_ids, outputs))
         request.output_ids = tokens[request.prompt_tokens :][: request.max_new_tokens].copy()
@@ -604,7 +660,7 @@ class Scheduler:
         request.message = message
         request.status = status
         if request.in_running:
-            self.running.finished_rows += 1
+            self.running_of(request).finished_rows += 1
         self.requests.pop(request.rid, None)
         if request.grammar is not None:
             self.grammar_queue.ended(request)
@@ -622,8 +678,7 @@ class Scheduler:
         """Rows of launched batches whose token will be dropped, because the request ended meanwhile."""
         for batch in self.in_flight:
             if batch.decodes:
-                extra = sum(1 for request in ended if request.in_running and request.joined < batch.advance)
-                batch.extra_rows += extra
+                batch.extra_rows += sum(request.in_running and _is_row(request, batch) for request in ended)
 
     # -- after the outputs were sent ---------------------------------------------------------------------------------
 
@@ -634,7 +689,7 @@ class Scheduler:
             if last and request.sampled and request.max_new_tokens:
                 self._token_sent(request, sent_ns)
         if batch.decodes:
-            recorder.advance_times.append(sent_ns)
+            self.micro_batch.times.append(sent_ns)
         for request in ended:
             recorder.ended(request, len(request.output_ids), sent_ns)
         recorder.step(batch, result, sent_ns)
@@ -670,11 +725,17 @@ class Scheduler:
         """Empty the prefix cache; refused, without effect, unless nothing waits, runs or is in flight."""
         if not self.idle:
             return False
-        self.running.filter_finished()
-        self.last_batch = None
+        for one in self.micro_batches:
+            one.running.filter_finished()
+            one.last_batch = None
         self.memory.cache.clear()
         self.memory.allocator.clear()
         return True
+
+
+def _is_row(request: Request, batch: Batch) -> bool:
+    """Whether a running request decodes in a launched batch: one of its micro-batch, since it joined."""
+    return request.joined < batch.advance and request.joined // ADVANCES == batch.advance // ADVANCES
 
 
 def _build_memory(config: EngineConfig, kv_tokens: int, context_length: int) -> KvMemory:
@@ -686,10 +747,11 @@ def _build_memory(config: EngineConfig, kv_tokens: int, context_length: int) -> 
             where="engine.chunked_prefill_size",
             remedy="give at least engine.page_size, or -1",
         )
+    stages = config.parallel.pp
     return KvMemory(
         kv_tokens,
         page_size=config.page_size,
-        slots=slots_needed(config.max_running_requests, kv_tokens, config.page_size),
+        slots=slots_needed(stages * seats_of(config.max_running_requests, stages), kv_tokens, config.page_size),
         context_tokens=min(context_length, kv_tokens) + 1,
         prefix_cache=config.prefix_cache,
         eviction=config.eviction,
