@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Coroutine
 from enum import IntEnum
 from typing import Any, Protocol
 
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from testbed.batch import Batch, StepResult
-from testbed.messages import ControlOutput, GrammarSpec, Message, RequestOutput
+from testbed.messages import ControlOutput, GrammarSpec, LoadReport, Message, RequestOutput
 
 
 class Stage(IntEnum):
@@ -128,6 +129,48 @@ class Peers(Protocol):
         ...
 
 
+class Event(Protocol):
+    """Something that happens once, and that one thread waits for."""
+
+    def set(self) -> None:
+        """It has happened. Returns at once."""
+        ...
+
+    async def wait(self) -> None:
+        """Returns when it has happened."""
+        ...
+
+
+class Threads(Protocol):
+    """Threads beside the loop's own, in the same process, under one interpreter lock. They may use the executor, and
+    wait for one another; the scheduler is the loop's alone."""
+
+    def start(self, name: str, thread: Coroutine[Any, Any, None]) -> None:
+        """A thread begins."""
+        ...
+
+    def event(self) -> Event:
+        """One that has not happened."""
+        ...
+
+    def channel(self) -> Channel:
+        """From one thread to another."""
+        ...
+
+
+class Reports(Protocol):
+    """Where a replica's router hears of its load."""
+
+    @property
+    def every_steps(self) -> int:
+        """It wants a report after every so many processed steps, and when the loop finds nothing to do."""
+        ...
+
+    def send(self, load: LoadReport) -> None:
+        """Returns at once."""
+        ...
+
+
 class Outbox(Protocol):
     """Where outputs go."""
 
@@ -178,3 +221,7 @@ class Ports(Protocol):
     def neighbours(self) -> Neighbours: ...  # noqa: D102
     @property
     def peers(self) -> Peers: ...  # noqa: D102
+    @property
+    def threads(self) -> Threads: ...  # noqa: D102
+    @property
+    def reports(self) -> Reports | None: ...  # noqa: D102

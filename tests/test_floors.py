@@ -49,7 +49,7 @@ IMPORTERS = {
     "random": (),
     "threading": ("testbed/runtime/wall", "testbed/runtime/paced", "testbed/engine/", "testbed/server/"),
     "asyncio": ("testbed/server/", "testbed/study/bench/"),
-    "simpy": ("testbed/runtime/virtual.py", "testbed/runtime/world.py", "testbed/runtime/channels.py"),
+    "simpy": ("testbed/runtime/virtual", "testbed/runtime/world.py", "testbed/runtime/channels.py"),
     "torch": ("testbed/runtime/wall", "testbed/engine/", "kernels/"),
     "triton": ("testbed/engine/", "kernels/"),
     "kernels": (),

@@ -9,7 +9,8 @@ integer nanoseconds here. A stage costs::
 
 with rows above ``knee_rows`` counted twice (caches overflow). A stage whose cost in a step that admits or prefills
 (``process``: that ends requests, which ``admitted`` counts there) follows another line has the keys ``decode`` and
-``prefill``. ``tensor_parallel`` holds what is added when tp > 1.
+``prefill``. ``tensor_parallel`` holds what is added when tp > 1, ``threads`` what it takes to wake a second thread
+(``wake_us``: from the moment that it is told to go on until it does; 0 when absent).
 ``fit`` says of a profile that `testbed calibrate` wrote where it was measured and how far off it is; it has no effect.
 """
 
@@ -78,18 +79,20 @@ class HostProfile:
         prefill: dict[Stage, Terms],
         launch: tuple[float, float, float] = (0.0, 0.0, 0.0),
         *,
+        wake_ns: int = 0,
         knee_rows: float = float("inf"),
         parameters: tuple[Parameter, ...] = (),
         source: str = "",
         fit: Mapping[str, Any] | None = None,
     ) -> None:
-        """``launch``: ns of a graph, of each of its kernels, and of a kernel launched alone. ``fit``: how well the
-        profile fits what it was measured from, where it was."""
+        """``launch``: ns of a graph, of each of its kernels, and of a kernel launched alone. ``wake_ns``: of waking a
+        thread. ``fit``: how well the profile fits what it was measured from, where it was."""
         self.name, self.source, self.parameters = name, source, parameters
         self.fit: Mapping[str, Any] = fit or {}
         self._decode = [decode.get(stage, Terms()) for stage in Stage]
         self._prefill = [prefill.get(stage, Terms()) for stage in Stage]
         self._launch, self._knee = launch, knee_rows
+        self.wake_ns = wake_ns
         self._by_rows_only = [not any(terms[2:]) for terms in self._decode]
         self._kept: list[dict[int, int]] = [{} for _ in Stage]
         self._kept_launch: dict[tuple[int, bool], int] = {}
@@ -171,7 +174,10 @@ def load_host(
     return _profile(read_mapping(path), path, tp, cpu_speed)
 
 
-_FIELDS = ("name", "source", "at_cpu_speed", "cpu_speed", "knee_rows", "stages", "tensor_parallel", "launch", "fit")
+_FIELDS = (
+    *("name", "source", "at_cpu_speed", "cpu_speed", "knee_rows", "stages", "tensor_parallel"),
+    *("launch", "threads", "fit"),
+)
 
 
 def _profile(data: dict[str, Any], path: Path, tp: int, cpu_speed: float | None) -> HostProfile:
@@ -190,12 +196,15 @@ def _profile(data: dict[str, Any], path: Path, tp: int, cpu_speed: float | None)
     launch = _mapping(data, "launch", where)
     _known(launch, [f"{term}_us" for term in _LAUNCH], f"{where}: launch")
     graph, per_node, per_kernel = (reader.parameter(launch, term, "launch") for term in _LAUNCH)
+    threads = _mapping(data, "threads", where) if "threads" in data else {}
+    _known(threads, ["wake_us"], f"{where}: threads")
     knee = number(data, "knee_rows", where, 1) if "knee_rows" in data else float("inf")
     return HostProfile(
         str(data.get("name", path.stem)),
         decode,
         prefill,
         (graph, per_node, per_kernel),
+        wake_ns=int(reader.parameter(threads, "wake", "threads")),
         knee_rows=knee,
         parameters=tuple(reader.parameters),
         source=str(data.get("source", "")),

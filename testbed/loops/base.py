@@ -4,8 +4,22 @@ from __future__ import annotations
 
 from testbed.batch import Batch, StepResult
 from testbed.messages import BatchGenerateRequest, GenerateRequest, Message, Timer
-from testbed.ports import Cpu, Executor, Grammars, Inbox, Neighbours, Outbox, Peers, Pending, Ports, Stage
+from testbed.ports import (
+    Cpu,
+    Executor,
+    Grammars,
+    Inbox,
+    Neighbours,
+    Outbox,
+    Peers,
+    Pending,
+    Ports,
+    Reports,
+    Stage,
+    Threads,
+)
 from testbed.request import Request
+from testbed.scheduler.load import load_report
 from testbed.scheduler.open_rows import open_rows
 from testbed.scheduler.scheduler import Scheduler
 
@@ -22,9 +36,11 @@ class LoopContext:
         self.grammars: Grammars = ports.grammars
         self.neighbours: Neighbours = ports.neighbours
         self.peers: Peers = ports.peers
+        self.threads: Threads = ports.threads
+        self.reports: Reports | None = ports.reports
         self.now_ns = 0
         """The stamp of this iteration: the only time that decisions may use."""
-        self._unsampled: tuple[Batch, Pending] | None = None
+        self.unsampled: tuple[Batch, Pending] | None = None
         """The last launch, while its masks wait for the result of the one before."""
 
     async def recv_requests(self, block: bool) -> None:
@@ -72,19 +88,23 @@ class LoopContext:
         """
         if self.scheduler.forward_sleep_ns:
             await self.cpu.sleep(self.scheduler.forward_sleep_ns)
-        assert self._unsampled is None, "the masks of a launch are known before the next one"
+        assert self.unsampled is None, "the masks of a launch are known before the next one"
         pending = self.executor.launch(batch, batch.has_grammar)
         if batch.has_grammar:
-            self._unsampled = batch, pending
-            if not any(before.has_grammar for before in self.scheduler.in_flight[:-1]):
-                self._sample()
+            self.unsampled = batch, pending
+            self.sample()
         return pending
 
+    def sample(self) -> None:
+        """The second phase of the last launch, once its masks are known: no batch in flight before it has a grammar."""
+        if not any(before.has_grammar for before in self.scheduler.in_flight[:-1]):
+            self._sample()
+
     def _sample(self) -> None:
-        """The second phase of the last launch."""
-        if self._unsampled is not None:
-            batch, pending = self._unsampled
-            self._unsampled = None
+        """The second phase of the last launch, if it waits for that."""
+        if self.unsampled is not None:
+            batch, pending = self.unsampled
+            self.unsampled = None
             pending.sample(self.grammars.masks(batch))
 
     async def process_batch_result(self, batch: Batch, pending: Pending) -> None:
@@ -94,7 +114,8 @@ class LoopContext:
         self.cpu.charge(Stage.PROCESS, len(result.token_ids), 0, len(ended))
         if batch.has_grammar:
             self._accept(batch, result)
-            self._sample()
+        if self.unsampled is not None:
+            self.sample()
         sent_ns = self.outbox.send_tokens(batch, result)
         self.scheduler.outputs_sent(batch, result, ended, sent_ns)
         if ended:
@@ -102,6 +123,10 @@ class LoopContext:
                 self.outbox.send(self.scheduler.output_of(request))
             self.cpu.charge(Stage.FINISH, len(ended))
             self._order_grammars()
+        if self.reports is not None:
+            processed = self.scheduler.steps - len(self.scheduler.in_flight)
+            if processed % self.reports.every_steps == 0:
+                self.reports.send(load_report(self.scheduler))
 
     def _accept(self, batch: Batch, result: StepResult) -> None:
         """Grammars move on by what was drawn."""
@@ -123,6 +148,8 @@ class LoopContext:
         """An iteration that found nothing to do."""
         self.scheduler.recorder.count("idle_iterations")
         self.scheduler.on_idle()
+        if self.reports is not None:
+            self.reports.send(load_report(self.scheduler))
 
     def _send_ends(self, requests: list[Request]) -> None:
         for request in requests:

@@ -12,20 +12,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from testbed.batch import BatchShape, ForwardMode, StepResult
 from testbed.loops.normal import event_loop_normal
 from testbed.loops.overlap import event_loop_overlap
+from testbed.loops.overlap_suspended import event_loop_overlap_suspended
 from testbed.ports import Stage
 from testbed.runtime.modelled import device_time
 from testbed.scheduler.invariants import FULL_EVERY
+from testbed.scheduler.load import load_report
 from testbed.scheduler.scheduler import Scheduler
 
 if TYPE_CHECKING:
+    from testbed.runtime.router import RouterReports
     from testbed.runtime.virtual import VirtualRuntime
 
-LEAPING = (event_loop_normal, event_loop_overlap)
+LEAPING = (event_loop_normal, event_loop_overlap, event_loop_overlap_suspended)
 """The loops whose iterations are known."""
 SHORTEST = 8
 """Fewer steps are cheaper one by one (measured)."""
@@ -169,10 +173,24 @@ class Leaper:
             batch.decided = (rows, 0, int(free_tokens[-1]), self._memory.cache.evictable_tokens)
             last = int(begin[-1]), int(start[-1]), int(end[-1]), bool(graph[-1])
             runtime.replace_last_result(StepResult(tokens[-1], (), *last))
+        if runtime.reports is not None:
+            self._report_load(runtime.reports, sent, free_tokens)
         recorder.count("leaps")
         recorder.count("steps_leapt", steps)
         if scheduler.on_step is not None:
             scheduler.on_step()
+
+    def _report_load(
+        self, reports: RouterReports, sent: NDArray[np.int64], free_tokens: NDArray[np.int64]
+    ) -> None:
+        """Send the reports of all steps, but for those that are overtaken before anybody looks: at the horizon."""
+        scheduler, horizon_ns = self._scheduler, self._runtime.horizon_ns()
+        last, processed = load_report(scheduler), scheduler.steps - len(scheduler.in_flight)
+        for back in range(processed % reports.every_steps, len(sent), reports.every_steps):
+            more_free = int(free_tokens[-1 - back] - free_tokens[-1])
+            load = replace(last, used_tokens=last.used_tokens - more_free, steps=processed - back)
+            if reports.send_at(int(sent[-1 - back]), load) <= horizon_ns:
+                break
 
     def _take_pages(self, steps: int) -> tuple[list[NDArray[np.int32]], NDArray[np.int64]]:
         """Allocate and enter the pages of all steps, in the order of single steps; also the free tokens after each."""

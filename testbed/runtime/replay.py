@@ -121,7 +121,8 @@ class ReplayRuntime:
 
     def __init__(self, scheduler: Scheduler, journal: Journal, records: Records, until_step: int | None) -> None:
         self.inbox = self.cpu = self.executor = self.outbox = self.grammars = self
-        self.neighbours = self.peers = Alone()
+        self.neighbours = self.peers = self.threads = Alone()
+        self.reports = None
         self.scheduler = scheduler
         self.journal = journal
         self.records = records

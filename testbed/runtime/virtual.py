@@ -24,6 +24,7 @@ from testbed.request import NO_TOKENS
 from testbed.runtime.alone import Alone
 from testbed.runtime.modelled import Activations, Deadlock, device_time, price_batch, ready_ns
 from testbed.runtime.oracle import FAR, Oracle
+from testbed.runtime.router import RouterReports
 from testbed.runtime.users import Users, WorkloadUsers
 from testbed.runtime.virtual_threads import VirtualThreads
 from testbed.runtime.world import World, wait
@@ -57,6 +58,7 @@ class VirtualRuntime:
         self.inbox = self.cpu = self.executor = self.outbox = self.grammars = self
         self.neighbours: Neighbours = Alone()
         self.peers: Peers = Alone()
+        self.reports: RouterReports | None = None
         self.threads: Threads = VirtualThreads(self)
         self.activation_ns = activation_ns
         self.cost_model = cost_model

@@ -23,7 +23,7 @@ from testbed.batch import Batch, StepCost, StepResult
 from testbed.costs import HostProfile
 from testbed.messages import ControlOutput, GrammarReady, GrammarSpec, Message, RequestOutput
 from testbed.metrics.recorder import Recorder
-from testbed.ports import Grammars, Inbox, Neighbours, Peers, Stage, Threads
+from testbed.ports import Grammars, Inbox, Neighbours, Peers, Reports, Stage, Threads
 from testbed.runtime.alone import Alone
 from testbed.runtime.modelled import Deadlock
 from testbed.runtime.oracle import FAR
@@ -201,6 +201,7 @@ class WallRuntime:
         self.inbox = self.cpu = self.executor = self.outbox = self
         self.neighbours: Neighbours = Alone()
         self.peers: Peers = Alone()
+        self.reports: Reports | None = None
         self.threads: Threads = Alone()
         self.grammars = grammars or NoGrammars(self)
         self.clock = clock

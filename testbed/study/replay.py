@@ -8,6 +8,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from testbed.deployment import build_loop, build_scheduler
+from testbed.loops.overlap import event_loop_overlap
+from testbed.loops.overlap_thread import event_loop_overlap_thread
 from testbed.metrics.run import Run
 from testbed.runtime.replay import Replayed, replay_loop
 from testbed.scenario.errors import InputError
@@ -43,6 +45,8 @@ def replay(run: Run | Path | str, *, until_step: int | None = None, own_code: bo
             remedy = "read that code; then replay with --own-code"
             raise InputError(f"the run was made with code of its own: {name}", where=f"engine.{field}", remedy=remedy)
     _, loop = build_loop(config)
+    if loop is event_loop_overlap_thread:
+        loop = event_loop_overlap  # which decides the same: in a replay no time passes, and nobody launches
     with own_faults():
         return replay_loop(loop, build_scheduler(config, journal.setting), journal, chosen.records, until_step)
 

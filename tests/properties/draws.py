@@ -10,6 +10,8 @@ from testbed.scenario.schema import EngineConfig
 from tests.properties.world import Job, engine
 
 LOOPS = ("normal", "overlap")
+DESIGNS = ("overlap", "overlap_thread", "overlap_suspended")
+"""Of overlap."""
 STRATEGIES = ("prefill_first", "mixed_chunk", "stall_free", "static")
 POLICIES = ("fcfs", "lpm", "dfs_weight", "lof", "random")
 PAGE_SIZES = (1, 3, 16, 64)

@@ -17,18 +17,20 @@ from testbed.batch import Batch, StepResult
 from testbed.costs import HostProfile, constant_host, load_host
 from testbed.costs.model import ConstantCostModel
 from testbed.loops.base import LoopContext
+from testbed.loops.overlap_thread import event_loop_overlap_thread
 from testbed.loops.select import EventLoop, find_loop
 from testbed.messages import ControlOutput, GenerateRequest, GrammarSpec, Message, Prompt, RequestOutput, Segment
 from testbed.metrics import laws
 from testbed.metrics.recorder import Recorder
 from testbed.metrics.records import Records
 from testbed.request import NEVER, Request
-from testbed.runtime import virtual, wall
+from testbed.runtime import virtual, wall, wall_threads
 from testbed.runtime.leap import Leaper
 from testbed.runtime.oracle import Oracle
 from testbed.runtime.paced import PacedDevice
 from testbed.runtime.traffic import Traffic
-from testbed.runtime.world import VirtualUsers, World
+from testbed.runtime.users import WorkloadUsers
+from testbed.runtime.world import World
 from testbed.scenario.schema import ConstantDevice, EngineConfig
 from testbed.scheduler.batching import BatchingStrategy
 from testbed.scheduler.policies import Policy
@@ -140,6 +142,10 @@ class Watched:
 
 
 class WatchedVirtual(Watched, virtual.VirtualRuntime):
+    pass
+
+
+class WatchedThreads(Watched, wall_threads.ThreadedWallRuntime):
     pass
 
 
@@ -284,7 +290,8 @@ def run(
         real = device_of(clock, oracle, scheduler) if device_of else modelled
         traffic = Traffic(workload, oracle)
         clients = wall.ScheduledClients(clock, traffic)
-        runtime = WatchedWall(clock=clock, device=real, recorder=recorder, clients=clients, inject=inject)
+        watched = WatchedThreads if loop is event_loop_overlap_thread else WatchedWall
+        runtime = watched(clock=clock, device=real, recorder=recorder, clients=clients, inject=inject)
         runtime.traffic = traffic
         runtime.prepare(scheduler, script or {}, watch)
         if before:
@@ -293,7 +300,7 @@ def run(
     else:
         profile = constant_host(host) if isinstance(host, int) else load_host(host) if isinstance(host, str) else host
         time = World()
-        users = VirtualUsers(time, Traffic(workload, oracle))
+        users = WorkloadUsers(time, Traffic(workload, oracle))
         model = ConstantCostModel(device)
         runtime = WatchedVirtual(
             world=time, users=users, cost_model=model, recorder=recorder, oracle=oracle, host=profile
