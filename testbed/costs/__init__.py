@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from testbed.costs.capacity import kv_capacity_tokens
+from testbed.costs.capacity import kv_capacity_tokens, kv_page_bytes, stage_layers, stage_weight_bytes
 from testbed.costs.devices import DeviceProfile, device_presets, load_device
 from testbed.costs.host import HostProfile, constant_host, host_presets, load_host
 from testbed.costs.model import ConstantCostModel, CostModel, OperatorCostModel, complete
@@ -27,8 +27,11 @@ __all__ = [
     "device_presets",
     "host_presets",
     "kv_capacity_tokens",
+    "kv_page_bytes",
     "load_device",
     "load_host",
+    "stage_layers",
+    "stage_weight_bytes",
 ]
 
 
@@ -36,9 +39,9 @@ def build_cost_model(scenario: Scenario, stage: int = 0, base_dir: str | Path = 
     """The cost model of a scenario, for one pipeline stage; relative paths in it are looked for in ``base_dir`` first.
 
     ``scenario.cost_model`` names the user's own, called with (model, device, engine), where device is a profile or the
-    scenario's constants; its result needs one method, ``price(shape) -> StepCost``. Else constants give a
-    ``ConstantCostModel`` and a profile an ``OperatorCostModel``. Raises InputError when a preset or file does not
-    exist or the model does not fit the device's dtypes or parallelism.
+    scenario's constants, and in a pipeline also the number of the stage; its result needs one method,
+    ``price(shape) -> StepCost``. Else constants give a ``ConstantCostModel`` and a profile an ``OperatorCostModel``.
+    Raises InputError when a preset or file does not exist or the model does not fit the device's dtypes or parallelism.
     """
     model = load_model(_beside(scenario.model, base_dir))
     device: DeviceProfile | ConstantDevice
@@ -47,12 +50,15 @@ def build_cost_model(scenario: Scenario, stage: int = 0, base_dir: str | Path = 
     else:
         device = scenario.device.constant
     if scenario.cost_model is not None:
-        build = load_callable(scenario.cost_model, base_dir, where="cost_model", takes=("model", "device", "engine"))
+        stages = (stage,) if scenario.engine.parallel.pp > 1 else ()
+        takes = ("model", "device", "engine", "stage")[: 3 + len(stages)]
+        build = load_callable(scenario.cost_model, base_dir, where="cost_model", takes=takes)
         with own_faults():
-            return complete(build(model, device, scenario.engine), scenario.cost_model)
+            return complete(build(model, device, scenario.engine, *stages), scenario.cost_model)
     if isinstance(device, DeviceProfile):
-        return OperatorCostModel(model, device, scenario.engine, stage)
-    return ConstantCostModel(device)
+        return OperatorCostModel(model, device, scenario.engine, stage, scenario.seed)
+    layers = stage_layers(model, scenario.engine.parallel)
+    return ConstantCostModel(device, layers[stage], model.layers)
 
 
 def build_host_profile(scenario: Scenario, base_dir: str | Path = ".") -> HostProfile:

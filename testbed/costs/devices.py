@@ -34,7 +34,7 @@ class Formula:
     """Least time of sampling one step."""
     link_efficiency: float
     all_reduce_ns: float
-    """Latency of an all-reduce over a link without a table."""
+    """Latency of an operation over a link without a table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,8 @@ class DeviceProfile:
     device has no CUDA graphs. None: every kernel of an eager step is launched."""
     fit: dict[str, Any] = field(default_factory=dict, repr=False)
     """How well the tables fit what they were made from, as ``testbed calibrate`` found it."""
+    network_bytes_per_ns: float | None = None
+    """From each device to other nodes, one direction; None: the profile does not say."""
 
     def peak(self, dtype: str) -> float:
         """FLOP a nanosecond of ``dtype``; InputError when the device does not compute in it."""
@@ -71,6 +73,13 @@ class DeviceProfile:
             remedy = f"one of {', '.join(sorted(self.flops_per_ns))}"
             raise InputError(message, where="engine.quantization" if dtype == "fp8" else "engine.dtype", remedy=remedy)
         return self.flops_per_ns[dtype]
+
+    def network(self, where: str) -> float:
+        """Bytes a nanosecond to other nodes; InputError at the field ``where`` when the profile does not say."""
+        if self.network_bytes_per_ns is None:
+            message = f"takes more than a node of {self.devices_per_node} devices; no network of {self.name} is known"
+            raise InputError(message, where=where, remedy="fewer devices, or a profile with network_gb_s")
+        return self.network_bytes_per_ns
 
     def roofline_ns(self, flops: float, size_bytes: float, dtype: str) -> float:
         """The least time of an operator: 100 % of the peaks."""
@@ -133,8 +142,8 @@ def number(data: dict[str, Any], field_name: str, where: str, least: float = 0.0
 
 
 _FIELDS = {
-    "name", "device", "memory_mib", "bandwidth_gb_s", "tflops", "link_gb_s", "devices_per_node", "tables", "source",
-    "formula", "decode_skew", "launches_per_step", "fit",
+    "name", "device", "memory_mib", "bandwidth_gb_s", "tflops", "link_gb_s", "network_gb_s", "devices_per_node",
+    "tables", "source", "formula", "decode_skew", "launches_per_step", "fit",
 }  # fmt: skip
 
 
@@ -182,6 +191,7 @@ def _profile(data: dict[str, Any], path: Path) -> DeviceProfile:
         tables=tables,
         launches_per_step=None if launches is None else int(number(data, "launches_per_step", where, 1)),
         fit=fit,
+        network_bytes_per_ns=None if data.get("network_gb_s") is None else number(data, "network_gb_s", where, tiny),
     )
 
 

@@ -46,6 +46,10 @@ class CostModel(Protocol):
         """Device time (ns) by operator."""
         ...
 
+    def activation_ns(self, tokens: int) -> int:
+        """Time from this pipeline stage to the next for what it made of ``tokens``."""
+        ...
+
     def unmeasured(self) -> list[str]:
         """Which operators are priced without a measurement of theirs, and how; for reports."""
         ...
@@ -60,8 +64,10 @@ class OperatorCostModel:
     rows having no context. Raises InputError like ``Operators``.
     """
 
-    def __init__(self, model: ModelSpec, device: DeviceProfile, engine: EngineConfig, stage: int = 0) -> None:
-        self.operators = Operators(model, device, engine, stage)
+    def __init__(
+        self, model: ModelSpec, device: DeviceProfile, engine: EngineConfig, stage: int = 0, seed: int = 0
+    ) -> None:
+        self.operators = Operators(model, device, engine, stage, seed)
         largest = engine.cuda_graph_max_bs or largest_captured(device.memory_bytes)
         self._captured = captured_sizes(largest) if engine.cuda_graph and device.launches_per_step is None else []
         self._kernels = device.launches_per_step or self.operators.kernels
@@ -155,6 +161,10 @@ class OperatorCostModel:
         }
         return {name: int(ns) for name, ns in parts.items() if ns}
 
+    def activation_ns(self, tokens: int) -> int:
+        """Time from this pipeline stage to the next; 0 behind the last."""
+        return int(self.operators.activation_ns(tokens))
+
     def unmeasured(self) -> list[str]:
         """Which operators are priced without a measurement of theirs, and how."""
         return list(self.operators.unmeasured)
@@ -189,10 +199,13 @@ class OperatorCostModel:
 
 
 class ConstantCostModel:
-    """Step times that are linear in tokens and rows: no model, no kernels to launch, one graph."""
+    """Step times that are linear in tokens and rows: no model, no kernels to launch, one graph.
 
-    def __init__(self, device: ConstantDevice) -> None:
-        self._device = device
+    A pipeline stage of ``layers`` takes its share of ``model_layers``, rounded down.
+    """
+
+    def __init__(self, device: ConstantDevice, layers: int = 1, model_layers: int = 1) -> None:
+        self._device, self._layers, self._model_layers = device, layers, model_layers
 
     def price(self, shape: BatchShape) -> StepCost:
         """``prefill_ns + prefill_token_ns * tokens``, ``decode_ns + decode_row_ns * rows``, or the sum of the two."""
@@ -201,20 +214,27 @@ class ConstantCostModel:
     def price_decode(self, rows: int, context_tokens: int, context_max: int) -> StepCost:
         """``decode_ns + decode_row_ns * rows``; contexts cost nothing."""
         device = self._device
-        return StepCost(int(device.decode_ns + device.decode_row_ns * rows) if rows else 0, 0, True)
+        return StepCost(self._share(device.decode_ns + device.decode_row_ns * rows) if rows else 0, 0, True)
 
     def breakdown(self, shape: BatchShape) -> dict[str, int]:
         """The prefill part and the decode part, ns."""
         device, parts = self._device, {}
         if shape.new_tokens:
-            parts["prefill"] = int(device.prefill_ns + device.prefill_token_ns * sum(shape.new_tokens))
+            parts["prefill"] = self._share(device.prefill_ns + device.prefill_token_ns * sum(shape.new_tokens))
         if shape.decodes:
-            parts["decode"] = int(device.decode_ns + device.decode_row_ns * shape.decodes)
+            parts["decode"] = self._share(device.decode_ns + device.decode_row_ns * shape.decodes)
         return parts
 
     def unmeasured(self) -> list[str]:
         """That nothing here is measured."""
         return ["every step: constants of the scenario"]
+
+    def activation_ns(self, tokens: int) -> int:
+        """A constant."""
+        return self._device.activation_ns
+
+    def _share(self, whole_ns: float) -> int:
+        return int(whole_ns) * self._layers // self._model_layers
 
     def flops_and_bytes(
         self, new_tokens: Counts, prefix_tokens: Counts, decode_rows: Counts, context_tokens: Counts, rows: Counts
@@ -243,6 +263,10 @@ class _Completed:
         """Everything is the user's word."""
         return [f"every step: priced by {self._name}"]
 
+    def activation_ns(self, tokens: int) -> int:
+        """Nothing, where the user says nothing of it."""
+        return 0
+
     def flops_and_bytes(
         self, new_tokens: Counts, prefix_tokens: Counts, decode_rows: Counts, context_tokens: Counts, rows: Counts
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -256,7 +280,7 @@ def complete(own: Any, name: str) -> CostModel:
         remedy = "give it a method price(shape: BatchShape) -> StepCost"
         raise InputError(f"{name} made an object without a method 'price'", where="cost_model", remedy=remedy)
     completed = _Completed(own, name)
-    for method in ("price_decode", "breakdown", "unmeasured", "flops_and_bytes"):
+    for method in ("price_decode", "breakdown", "activation_ns", "unmeasured", "flops_and_bytes"):
         if hasattr(own, method):
             setattr(completed, method, getattr(own, method))
     return cast("CostModel", completed)

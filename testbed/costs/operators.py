@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from testbed.costs.capacity import kv_dtype, stage_layers
 from testbed.costs.devices import DeviceProfile
+from testbed.costs.experts import busiest_rank, exchange, expert_load
+from testbed.costs.links import leaves_node, move_ns, nodes_of_stage
 from testbed.costs.tables import Curve, DecodeAttention, GemmTable, MoeTable, PrefillAttention, between
-from testbed.scenario.errors import InputError
 from testbed.scenario.models import DTYPE_BYTES, ModelSpec
 from testbed.scenario.schema import EngineConfig
 
@@ -37,26 +38,37 @@ def _of_dtype(tables: dict[str, Any], dtype: str) -> Any:
 
 
 class Operators:
-    """Operator times (ns, float) of a pipeline stage. Raises InputError if the model cannot be split or computed."""
+    """Operator times (ns, float) of a pipeline stage. Raises InputError if the model cannot be split or computed.
 
-    def __init__(self, model: ModelSpec, device: DeviceProfile, engine: EngineConfig, stage: int = 0) -> None:
+    ``seed`` names which experts are popular and which the tokens of a step choose.
+    """
+
+    def __init__(
+        self, model: ModelSpec, device: DeviceProfile, engine: EngineConfig, stage: int = 0, seed: int = 0
+    ) -> None:
         parallel = engine.parallel
         model.check_parallel(parallel.tp, parallel.pp, parallel.ep)
-        if parallel.tp > device.devices_per_node:
-            message = f"tp {parallel.tp} spans nodes of {device.devices_per_node} devices, which is not modelled"
-            raise InputError(message, where="engine.parallel.tp", remedy=f"at most {device.devices_per_node}")
         self.model, self.device, self.tp, self.ep = model, device, parallel.tp, parallel.ep
+        self.nodes = nodes_of_stage(device, self.tp)
+        self.per_node = self.tp // self.nodes
         self.dtype = engine.dtype
         self.weight_dtype = engine.dtype if engine.quantization == "none" else engine.quantization
         self.kv_dtype = kv_dtype(engine)
         device.peak(self.dtype)
         device.peak(self.weight_dtype)
-        self.layers = stage_layers(model, parallel.pp, stage)
+        stages = stage_layers(model, parallel)
+        self.layers = stages[stage]
         self.is_first, self.is_last = stage == 0, stage == parallel.pp - 1
+        self._next_is_far = not self.is_last and leaves_node(device, self.tp, stage)
         self.heads, self.kv_heads = model.heads // self.tp, model.kv_heads_per_gpu(self.tp)
         self.size = DTYPE_BYTES[self.dtype]
         self.kv_token_bytes = 2 * self.kv_heads * model.head_dim * DTYPE_BYTES[self.kv_dtype]
         self.unmeasured: list[str] = []
+        self._load = None
+        if self.ep > 1:
+            here = range(sum(stages[:stage]), sum(stages[: stage + 1]))
+            self._load = expert_load(model.experts, model.experts_per_token, self.ep, engine.experts, here, seed)
+        self._sends_tokens = self._load is not None and engine.experts.dispatch == "all_to_all"
         self._gemms = {name: self._gemm(name, *shape, self.weight_dtype) for name, shape in self.shapes().items()}
         if model.is_moe:
             self._gemms["router"] = self._gemm("router", model.experts, model.hidden, self.dtype)
@@ -66,6 +78,7 @@ class Operators:
         self._decode = self._decode_attention()
         self._mixed = self._mixed_attention()
         self._reduce = {graph: self._all_reduce(graph) for graph in (True, False)} if self.tp > 1 else {}
+        self._exchange = self._all_to_all() if self._sends_tokens else {}
         self._elementwise = self._measured_elementwise()
         self._sampling = self._measured_sampling()
         self._step = self._measured_step()
@@ -121,9 +134,17 @@ class Operators:
         attention = 2  # one over the splits of the context, one that merges them
         experts = 6 if self.model.is_moe else 0  # router, sorting (2), two grouped products, activation and sum
         small = sum(kernels for _, kernels in self.small_operators().values())
-        layer = dense + attention + experts + small + (2 if self.tp > 1 else 0)
+        layer = dense + attention + experts + small + self.reduces + len(self._exchange)
         head = (2 + _SAMPLING_KERNELS + (1 if self.tp > 1 else 0)) if self.is_last else 0
         return self.layers * layer + (1 if self.is_first else 0) + head
+
+    @property
+    def reduces(self) -> int:
+        """All-reduces of a layer. Where tokens are sent to experts, one: it scatters tokens over the devices behind the
+        attention, and gathers them before the next."""
+        if self.tp == 1:
+            return 0
+        return 1 if self._exchange else 2
 
     # ---- curves ------------------------------------------------------------------------------------------------------
 
@@ -158,7 +179,7 @@ class Operators:
         return model.experts * (1.0 - missed)
 
     def _experts(self) -> Curve:
-        """Time over tokens of a layer's routed experts on this rank, their activation included."""
+        """Time over tokens of a layer's routed experts, their activation included, on the busiest rank."""
         model, dtype = self.model, self.weight_dtype
         peak, per_ns = self.device.peak(dtype), self.device.bytes_per_ns / DTYPE_BYTES[dtype]
 
@@ -172,15 +193,37 @@ class Operators:
             self.unmeasured.append(f"routed experts in {dtype}: formula")
             formula = self.device.formula
             slack = min(formula.compute_efficiency, formula.memory_efficiency)
-            floor = 5 * formula.kernel_ns
-            return Curve(_M, [roofline(m, *shape) / slack / self.ep + floor for m in _M])
+            launches = 5 * formula.kernel_ns
+            return self._of_busiest_rank(Curve(_M, [roofline(m, *shape) / slack + launches for m in _M]))
         table = MoeTable(data)
         if not table.holds(*shape):
             self.unmeasured.append(f"routed experts {shape}: utilisation of the nearest measured shape")
-        if self.ep > 1:
-            self.unmeasured.append("expert parallelism: the time of all experts, divided; no imbalance, no all-to-all")
-        curve = table.curve(roofline, *shape)
-        return Curve(curve.xs, [y / self.ep for y in curve.ys])
+        return self._of_busiest_rank(table.curve(roofline, *shape))
+
+    def _of_busiest_rank(self, every: Curve) -> Curve:
+        """The time of a layer's experts on the busiest expert-parallel rank; ``every``: of all experts on one.
+
+        A rank that has every token also writes, activates and sums the rows of pairs whose experts lie elsewhere, as
+        SGLang's fused kernels do: the outputs of both products as zeros, then once more through the other kernels.
+        """
+        if self._load is None:
+            return every
+        model, formula = self.model, self.device.formula
+        self.unmeasured.append(f"experts on the busiest of {self.ep} ranks: tokens drawn, its part of the time of all")
+        elsewhere = 0.0
+        if not self._sends_tokens:
+            row_bytes = (5 * self.expert_width + 2 * model.hidden) * self.size
+            pairs = model.experts_per_token * (self.ep - 1) / self.ep
+            elsewhere = pairs * row_bytes / (formula.memory_efficiency * self.device.bytes_per_ns)
+        return busiest_rank(self._load, every, 5 * formula.kernel_ns, elsewhere)
+
+    def _all_to_all(self) -> dict[str, Curve]:
+        """Time over tokens of sending them to the ranks of their experts, and of sending the outputs back."""
+        assert self._load is not None
+        self.unmeasured.append("dispatch to experts and combining: formula")
+        sizes = {"dispatch": DTYPE_BYTES[self.weight_dtype], "combine": DTYPE_BYTES[self.dtype]}
+        token_bytes = {name: self.model.hidden * size for name, size in sizes.items()}
+        return {name: exchange(self._load, self.device, self.nodes, b, _M) for name, b in token_bytes.items()}
 
     def _prefill_attention(self) -> PrefillAttention | None:
         data = _of_dtype(self.device.tables.get("prefill", {}), self.dtype)
@@ -221,20 +264,31 @@ class Operators:
         return found
 
     def _all_reduce(self, graph: bool) -> Curve:
-        """Time over elements. An eager call costs on the device what the graph's does, plus its copy into the shared
-        buffer; the floor of the eager table is launching, which the host profile prices.
-        """
+        """Time over elements: within the nodes, and then of each device's part between them."""
+        curve = self._node_all_reduce(graph)
+        if self.nodes == 1:
+            return curve
+        if graph:
+            self.unmeasured.append(f"all-reduce between {self.nodes} nodes: formula")
+        element_bytes = 2.0 * (self.nodes - 1) / self.nodes / self.per_node * self.size
+        between = [move_ns(self.device, 0.0, element_bytes * x) for x in curve.xs]
+        return Curve(curve.xs, [near + far for near, far in zip(curve.ys, between, strict=True)])
+
+    def _node_all_reduce(self, graph: bool) -> Curve:
+        """Time over elements, within a node. An eager call costs on the device what the graph's does, plus its copy
+        into the shared buffer; the floor of the eager table is launching, which the host profile prices."""
         device, size, formula = self.device, DTYPE_BYTES[self.dtype], self.device.formula
         data = device.tables.get("all_reduce", {})
-        in_graph = data.get("graph", {}).get(str(self.tp))
+        in_graph = data.get("graph", {}).get(str(self.per_node))
         if in_graph is None or self.dtype not in _HALF:
             if graph:
-                self.unmeasured.append(f"all-reduce over {self.tp} devices: formula")
-            per_element = 2.0 * (self.tp - 1) / self.tp * size / (formula.link_efficiency * device.link_bytes_per_ns)
+                self.unmeasured.append(f"all-reduce over {self.per_node} devices: formula")
+            sent = 2.0 * (self.per_node - 1) / self.per_node
+            per_element = sent * size / (formula.link_efficiency * device.link_bytes_per_ns)
             knots = [1 << i for i in range(0, 31, 2)]
             return Curve(knots, [formula.all_reduce_ns + per_element * x for x in knots])
         times = in_graph
-        eager = data.get("eager", {}).get(str(self.tp))
+        eager = data.get("eager", {}).get(str(self.per_node))
         if not graph and eager is not None:
             times = [max(g, g0) for g, g0 in zip(in_graph, (e - eager[0] + in_graph[0] for e in eager), strict=True)]
         return Curve(data["elements"], times).raised(lambda x: x * size / device.link_bytes_per_ns)
@@ -294,6 +348,8 @@ class Operators:
             self.unmeasured.append(f"decode rows of unequal context: {way}")
         if self.tp > 1:
             self.unmeasured.append("gathering logits: formula")
+        if not self.is_last:
+            self.unmeasured.append("activations to the next stage: formula")
 
     # ---- times -------------------------------------------------------------------------------------------------------
 
@@ -308,7 +364,8 @@ class Operators:
                 out[name] = layers * (tokens * token_bytes / per_ns + kernels * device.formula.kernel_ns)
         out |= {name: layers * curve.at(tokens) for name, curve in measured.items() if name != "embedding"}
         if self.tp > 1:
-            out["all_reduce"] = layers * 2 * self._reduce[graph].at(tokens * self.model.hidden)
+            out["all_reduce"] = layers * self.reduces * self._reduce[graph].at(tokens * self.model.hidden)
+        out |= {name: layers * curve.at(tokens) for name, curve in self._exchange.items()}
         if self.is_first:
             formula = 2 * tokens * self.model.hidden * self.size / per_ns + device.formula.kernel_ns
             out["embedding"] = measured["embedding"].at(tokens) if measured else formula
@@ -335,10 +392,18 @@ class Operators:
         if not self._elementwise:
             out["final_norm"] = 4 * rows * model.hidden * self.size / per_ns + formula.kernel_ns
         if self.tp > 1:
-            link = formula.link_efficiency * device.link_bytes_per_ns
-            gathered = rows * model.vocab * self.size * (self.tp - 1) / self.tp
-            out["gather_logits"] = gathered / link + formula.all_reduce_ns
+            gathered = rows * model.vocab * self.size * (self.per_node - 1) / self.per_node
+            far = rows * model.vocab * self.size * (self.nodes - 1) / self.nodes / self.per_node
+            out["gather_logits"] = move_ns(device, gathered, far)
         return out
+
+    def activation_ns(self, tokens: int) -> float:
+        """From this stage to the next: the hidden state of ``tokens`` (the residual added), every device's copy to its
+        counterpart over their own link; 0 behind the last stage."""
+        if self.is_last:
+            return 0.0
+        moved = float(tokens * self.model.hidden * self.size)
+        return move_ns(self.device, 0.0, moved) if self._next_is_far else move_ns(self.device, moved)
 
     def prefill_ns(self, new_tokens: Sequence[int], prefix_tokens: Sequence[int]) -> float:
         """Prefill attention of a batch in every layer."""

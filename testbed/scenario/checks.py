@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from testbed.scenario.experts import Experts
 from testbed.scenario.schema import EngineConfig, Scenario
 from testbed.scenario.yaml_reader import FieldPath
 
@@ -20,7 +21,8 @@ class Problem(NamedTuple):
 def find_problems(scenario: Scenario, written: Mapping[str, Any]) -> tuple[list[Problem], list[Problem]]:
     """Errors and warnings. ``written`` is the data as the user wrote it, completed by the engine preset."""
     engine = scenario.engine
-    errors = [*_unavailable(engine), *_engine_conflicts(engine), *_measure_conflicts(scenario)]
+    of_engine = (*_unavailable(engine), *_engine_conflicts(engine), *_parallel_conflicts(engine))
+    errors = [*of_engine, *_measure_conflicts(scenario)]
     return errors, list(_without_effect(engine, written.get("engine", {})))
 
 
@@ -90,6 +92,22 @@ def _engine_conflicts(engine: EngineConfig) -> Iterator[Problem]:
         )
 
 
+def _parallel_conflicts(engine: EngineConfig) -> Iterator[Problem]:
+    parallel, experts = engine.parallel, engine.experts
+    if parallel.stage_layers is not None and len(parallel.stage_layers) != parallel.pp:
+        message = f"layers of {len(parallel.stage_layers)} stages, but pp is {parallel.pp}"
+        yield Problem(("engine", "parallel", "stage_layers"), message, f"give {parallel.pp} numbers of layers")
+    if experts.redundant and experts.placement != "balanced":
+        message = f"placement {experts.placement} has one copy of each expert"
+        yield Problem(("engine", "experts", "redundant"), message, "use placement: balanced, or redundant: 0")
+    elif experts.redundant % parallel.ep:
+        message = f"{experts.redundant} further experts are not the same number on each of {parallel.ep} ranks (ep)"
+        yield Problem(("engine", "experts", "redundant"), message, f"use a multiple of {parallel.ep}")
+    if experts.dispatch == "all_to_all" and parallel.ep != parallel.tp:
+        message = f"all_to_all sends tokens between all {parallel.tp} devices of a stage (tp), but ep is {parallel.ep}"
+        yield Problem(("engine", "experts", "dispatch"), message, f"use ep: {parallel.tp}, or dispatch: all_reduce")
+
+
 def _measure_conflicts(scenario: Scenario) -> Iterator[Problem]:
     measure = scenario.measure
     if isinstance(measure.until, dict):
@@ -130,5 +148,8 @@ def _without_effect(engine: EngineConfig, written: Mapping[str, Any]) -> Iterato
             "SGLang 0.5.1 has no priorities; they follow its version 0.5.3 here",
             "leave priority out to stay with 0.5.1",
         )
+    if engine.parallel.ep == 1 and engine.experts != Experts():
+        message = "has no effect with ep: 1: every device has a share of every expert"
+        yield Problem(("engine", "experts"), message, "add parallel: {ep: ...}, or leave it out")
     if engine.kv_tokens is not None and "mem_fraction_static" in written and engine.preset == "none":
         yield Problem(("engine", "mem_fraction_static"), "has no effect beside kv_tokens", "leave one of the two out")

@@ -97,12 +97,17 @@ class ModelSpec:
 
     def weight_bytes(self, dtype: str, quantization: str = "none") -> int:
         """Bytes of all weights; ``fp8`` quantises the layers' matrices, not embeddings, head, router or norms."""
+        ends = self.embedding_parameters + self.hidden
+        return self.layers * self.layer_weight_bytes(dtype, quantization) + ends * DTYPE_BYTES[dtype]
+
+    def layer_weight_bytes(self, dtype: str, quantization: str = "none", redundant_experts: int = 0) -> int:
+        """Bytes of one layer's weights, with so many further copies of experts; dtypes as in ``weight_bytes``."""
         size = DTYPE_BYTES[dtype]
-        if quantization == "none":
-            return self.parameters * size
+        matrix_size = size if quantization == "none" else DTYPE_BYTES[quantization]
         router = self.hidden * self.experts
-        matrices = self.layers * (self.layer_linear_parameters - router + self.experts * self.expert_parameters)
-        return matrices * DTYPE_BYTES[quantization] + (self.parameters - matrices) * size
+        experts = (self.experts + redundant_experts) * self.expert_parameters
+        matrices = self.layer_linear_parameters - router + experts
+        return matrices * matrix_size + (router + self.layer_vector_parameters) * size
 
     def kv_heads_per_gpu(self, tp: int) -> int:
         """KV heads on one of ``tp`` devices; at least one, since heads are replicated when devices outnumber them."""

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from testbed.scenario.base import Model, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from testbed.scenario.experts import Experts
 from testbed.scenario.workload import WorkloadConfig
 
 PluginPath = Annotated[str, Field(pattern=r"^[\w./-]+:\w+$", description="package.module:name | path/to/file.py:name")]
@@ -52,6 +53,8 @@ class Parallel(Model):
     pp: PositiveInt = 1
     dp: PositiveInt = 1
     ep: PositiveInt = 1
+    stage_layers: tuple[PositiveInt, ...] | None = None
+    """Layers of each pipeline stage; None: as even as it goes, the first stages hold the remainder."""
 
 
 class EngineConfig(Model):
@@ -86,6 +89,7 @@ class EngineConfig(Model):
     cuda_graph_max_bs: PositiveInt | None = None
     """None: as SGLang (160, 256 above 90 GB of device memory)."""
     parallel: Parallel = Parallel()
+    experts: Experts = Experts()
     schedule_conservativeness: NonNegativeFloat = 1.0
     init_new_token_ratio: Annotated[float, Field(gt=0, le=1)] = 0.7
     min_new_token_ratio_factor: Annotated[float, Field(ge=0, le=1)] = 0.14
@@ -97,12 +101,17 @@ class EngineConfig(Model):
 
 
 class ConstantDevice(Model):
-    """A device of constant step times, for cases that queueing theory can check."""
+    """A device of constant step times, for cases that queueing theory can check.
+
+    The times are those of the whole model: a pipeline stage takes its layers' share of them.
+    """
 
     prefill_ns: NonNegativeInt = 0
     decode_ns: NonNegativeInt = 0
     prefill_token_ns: NonNegativeFloat = 0.0
     decode_row_ns: NonNegativeFloat = 0.0
+    activation_ns: NonNegativeInt = 0
+    """From one pipeline stage to the next."""
 
 
 class DeviceConstant(Model):

@@ -91,5 +91,5 @@ def test_no_room_says_what_to_change(model: str, device: str, engine: dict[str, 
 
 
 def test_too_many_devices_for_a_node() -> None:
-    with pytest.raises(InputError, match="not modelled"):
-        build_cost_model(scenario(model="llama-2-7b", engine={"parallel": {"tp": 16}}))
+    with pytest.raises(InputError, match="no network"):
+        build_cost_model(scenario(model="llama-2-7b", device="rtx-4090", engine={"parallel": {"tp": 16}}))

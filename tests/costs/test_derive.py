@@ -118,6 +118,7 @@ def test_a_profile_file_without_tables_is_priced_by_formula(tmp_path: Path) -> N
         ({"decode_skew": 2}, "decode_skew"),
         ({"memory_gb": 3}, "memory_gb"),
         ({"tables": "nowhere.json"}, "tables"),
+        ({"network_gb_s": 0}, "network_gb_s"),
         ({"launches_per_step": 0}, "launches_per_step"),
         ({"fit": 3}, "fit"),
     ],

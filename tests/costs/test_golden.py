@@ -14,6 +14,8 @@ from testbed.scenario.schema import EngineConfig
 
 GOLDEN: dict[str, list[int]] = json.loads((Path(__file__).parent / "golden_prices.json").read_text())
 """ns by "device model dtype", one for each of ``SHAPES``."""
+PARALLEL: dict[str, list[int]] = json.loads((Path(__file__).parent / "golden_parallel.json").read_text())
+"""Likewise, by "device model tp pp stage"."""
 SHAPES = (
     BatchShape((), (), 1, 512, 512),
     BatchShape((), (), 37, 37 * 900, 4000),
@@ -34,3 +36,11 @@ def test_presets_cost_what_they_did(key: str) -> None:
     engine = EngineConfig.model_validate({"dtype": dtype, "cuda_graph_max_bs": 256})
     priced = OperatorCostModel(load_model(model), load_device(device), engine)
     assert [priced.price(shape).gpu_ns for shape in SHAPES] == GOLDEN[key]
+
+
+@pytest.mark.parametrize("key", PARALLEL)
+def test_parallel_layouts_cost_what_they_did(key: str) -> None:
+    device, model, tp, pp, stage = key.split()
+    engine = EngineConfig.model_validate({"cuda_graph_max_bs": 256, "parallel": {"tp": int(tp), "pp": int(pp)}})
+    priced = OperatorCostModel(load_model(model), load_device(device), engine, int(stage))
+    assert [priced.price(shape).gpu_ns for shape in SHAPES] == PARALLEL[key]

@@ -164,6 +164,7 @@ class TestWarnings:
             ({"kv_tokens": 1000, "page_size": 16}, "992"),
             ({"preset": "sglang-0.5.1", "priority": True}, "0.5.3"),
             ({"kv_tokens": 1000, "mem_fraction_static": 0.5}, "no effect"),
+            ({"experts": {"skew": 1.0}}, "no effect with ep: 1"),
         ],
     )
     def test_said_but_not_refused(self, engine: dict[str, Any], words: str) -> None:
