@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from testbed.costs import HostProfile
 from testbed.deployment.build import Engine
+from testbed.deployment.routed import build_router, reports_of, users_of
 from testbed.loops.base import LoopContext
 from testbed.runtime.channels import Ring
 from testbed.runtime.paced import PacedDevice
@@ -24,9 +25,10 @@ class PacedDeployment:
         self._world = WallWorld(clock)
         self._users = WorkloadUsers(self._world, self.traffic)
         self._engines = engines
+        self._router = build_router(engines, clock.now_ns, self._world.at_rest)
         stages = engines[0].scenario.engine.parallel.pp
         self._mailboxes = [
-            Mailbox(self._world, engine.place.name, None if engine.place.stage else self._users) for engine in engines
+            Mailbox(self._world, engine.place.name, users_of(engine, self._users, self._router)) for engine in engines
         ]
         self._runtimes = [
             self._runtime(engine, mailbox, clock, inject, stages)
@@ -37,13 +39,14 @@ class PacedDeployment:
             for first in range(0, len(engines), stages):
                 self._connect(range(first, first + stages))
 
-    @staticmethod
     def _runtime(
-        engine: Engine, mailbox: Mailbox, clock: WallClock, inject: HostProfile | None, stages: int
+        self, engine: Engine, mailbox: Mailbox, clock: WallClock, inject: HostProfile | None, stages: int
     ) -> WallRuntime:
         draws = engine.place.stage == stages - 1
         device = PacedDevice(clock, engine.cost_model, engine.oracle if draws else None)
-        return WallRuntime(clock=clock, device=device, recorder=engine.recorder, clients=mailbox, inject=inject)
+        runtime = WallRuntime(clock=clock, device=device, recorder=engine.recorder, clients=mailbox, inject=inject)
+        runtime.reports = reports_of(engine, self._router, clock.now_ns)
+        return runtime
 
     def _connect(self, ring: range) -> None:
         """Make a ring of the loops of one pipeline's stages."""
@@ -58,7 +61,14 @@ class PacedDeployment:
 
     def run(self) -> None:
         """Until every request has ended. Raises a loop's own exception, and Deadlock."""
-        self._users.submit = self._mailboxes[0].deliver
+        inboxes = [
+            mailbox.deliver
+            for engine, mailbox in zip(self._engines, self._mailboxes, strict=True)
+            if not engine.place.stage
+        ]
+        self._users.submit = inboxes[0]
+        if self._router is not None:
+            self._router.inboxes, self._users.submit = inboxes, self._router.submit
         for engine, runtime, channel in zip(self._engines, self._runtimes, self._next, strict=True):
             loop = engine.loop(LoopContext(engine.scheduler, runtime))
             self._world.start(engine.place.name, loop, channel.close if channel else lambda: None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from testbed.deployment.build import Engine
+from testbed.deployment.routed import build_router, reports_of, users_of
 from testbed.loops.base import LoopContext
 from testbed.runtime.channels import connect_stages
 from testbed.runtime.leap import LEAPING, Leaper
@@ -26,6 +27,7 @@ class Simulation:
         self._world = World()
         self._users = WorkloadUsers(self._world, self.traffic)
         self._engines = engines
+        self._router = build_router(engines, lambda: int(self._world.env.now))
         stages = engines[0].scenario.engine.parallel.pp
         self._runtimes = [self._runtime(engine, stages) for engine in engines]
         if leap and stages == 1:
@@ -37,19 +39,27 @@ class Simulation:
                 connect_stages(self._runtimes[first : first + stages], CHANNEL_NS)
 
     def _runtime(self, engine: Engine, stages: int) -> VirtualRuntime:
-        stage = engine.place.stage
-        return VirtualRuntime(
+        runtime = VirtualRuntime(
             world=self._world,
-            users=self._users if stage == 0 else None,
+            users=users_of(engine, self._users, self._router),
             cost_model=engine.cost_model,
             host=engine.host,
             recorder=engine.recorder,
-            oracle=engine.oracle if stage == stages - 1 else None,
+            oracle=engine.oracle if engine.place.stage == stages - 1 else None,
         )
+        runtime.reports = reports_of(engine, self._router, lambda: runtime.local_ns)
+        return runtime
 
     def run(self) -> None:
         """Until nothing can happen any more. Raises a loop's own exception, and Deadlock."""
-        self._users.submit = self._runtimes[0].deliver
+        inboxes = [
+            runtime.deliver
+            for engine, runtime in zip(self._engines, self._runtimes, strict=True)
+            if not engine.place.stage
+        ]
+        self._users.submit = inboxes[0]
+        if self._router is not None:
+            self._router.inboxes, self._users.submit = inboxes, self._router.submit
         for engine, runtime in zip(self._engines, self._runtimes, strict=True):
             self._world.start(engine.place.name, engine.loop(LoopContext(engine.scheduler, runtime)))
         self._users.start()

@@ -1,4 +1,5 @@
-"""A router in virtual time: what its replicas tell it takes a while, and a decision uses what has arrived.
+"""A router between users and replicas, in any time: what it is told takes a while to come, and a decision uses what has
+come by then.
 
 Only decisions look at what was told, so it is kept with its time until the next one: no event for a report.
 """
@@ -6,37 +7,40 @@ Only decisions look at what was told, so it is kept with its time until the next
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from heapq import heappop, heappush
 
-import numpy as np
-from numpy.typing import NDArray
-
-from testbed.messages import GenerateRequest, LoadReport, Message
+from testbed.messages import ControlOutput, GenerateRequest, LoadReport, Message, RequestOutput
 from testbed.routing.controller import Controller
-from testbed.runtime.world import World
-from testbed.scheduler.load import load_report
-from testbed.scheduler.scheduler import Scheduler
+from testbed.runtime.users import Users
 
 REPORT_NS = 20_000
 """From a replica to the router, between two processes of one machine: a guess."""
 
 
-class VirtualRouter:
+class Router:
     """In front of the replicas of a deployment."""
 
-    def __init__(self, world: World, controller: Controller) -> None:
-        """``controller``: has a replica for each of ``inboxes``."""
+    def __init__(
+        self,
+        controller: Controller,
+        now_ns: Callable[[], int],
+        at_rest: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """``controller``: has a replica for each of ``inboxes``; ``now_ns``: the time; ``at_rest``: nothing else
+        happens within such a block, where replicas have threads of their own."""
         self.inboxes: Sequence[Callable[[Message], None]] = ()
         """By replica: what puts a message into its inbox; set by who builds the deployment."""
-        self._world = world
         self._controller = controller
+        self._now_ns = now_ns
+        self._at_rest = at_rest
         self._told: list[tuple[int, int, int, str | LoadReport]] = []
-        """A heap of (when it arrives, serial, replica, the id of an ended request or a report)."""
+        """A heap of (when it comes, serial, replica, the id of an ended request or a report)."""
         self._serial = 0
 
     def submit(self, request: GenerateRequest) -> None:
         """To the replica that the policy chooses, now."""
-        now_ns, told = int(self._world.env.now), self._told
+        now_ns, told = self._now_ns(), self._told
         while told and told[0][0] <= now_ns:
             _, _, replica, what = heappop(told)
             if isinstance(what, LoadReport):
@@ -45,46 +49,45 @@ class VirtualRouter:
                 self._controller.ended(what)
         self.inboxes[self._controller.submit(request)](request)
 
-    def ended(self, replica: int, rid: str, when_ns: int) -> None:
-        """The end of a request passes on its way to the client."""
-        self._tell(when_ns, replica, rid)
-
-    def reported(self, replica: int, report: LoadReport, when_ns: int) -> None:
-        """A report is sent."""
-        self._tell(when_ns + REPORT_NS, replica, report)
-
-    def _tell(self, when_ns: int, replica: int, what: str | LoadReport) -> None:
-        self._serial += 1
-        heappush(self._told, (when_ns, self._serial, replica, what))
+    def tell(self, when_ns: int, replica: int, what: str | LoadReport) -> None:
+        """A report, or the end of a request by its id, comes at ``when_ns``."""
+        with self._at_rest():
+            self._serial += 1
+            heappush(self._told, (when_ns, self._serial, replica, what))
 
 
-class Reporter:
-    """Tells the router of one replica's load: after every ``every_steps`` processed steps, and when its loop begins to
-    wait."""
+class RoutedUsers:
+    """The users of one replica's loop: its answers pass the router."""
 
-    def __init__(self, router: VirtualRouter, replica: int, scheduler: Scheduler, every_steps: int) -> None:
-        self._router = router
-        self._replica = replica
-        self._scheduler = scheduler
-        self._every_steps = every_steps
+    tied_to_iterations = False
 
-    def processed(self, steps: int, now_ns: int) -> None:
-        """``steps`` have been processed in all."""
-        if steps % self._every_steps == 0:
-            self.waits(now_ns)
+    def __init__(self, router: Router, replica: int, users: Users) -> None:
+        self._router, self._replica, self._users = router, replica, users
 
-    def waits(self, now_ns: int) -> None:
-        """The loop is about to wait for a message."""
-        self._router.reported(self._replica, load_report(self._scheduler), now_ns)
+    def due(self, iteration: int, now_ns: int) -> Sequence[Message]:
+        """See Users: a router cannot know of iterations."""
+        return ()
 
-    def leapt(self, steps: int, sent_ns: NDArray[np.int64], free_tokens: NDArray[np.int64], horizon_ns: int) -> None:
-        """Many decode steps at once, ``steps`` processed with the last of them. ``sent_ns``, ``free_tokens``: int64
-        [n], after each. Nobody decides before ``horizon_ns``: reports that are overtaken by then are left out."""
-        now = load_report(self._scheduler)
-        for back in range(steps % self._every_steps, len(sent_ns), self._every_steps):
-            used = now.used_tokens - int(free_tokens[-1 - back] - free_tokens[-1])
-            report = LoadReport(now.running, now.waiting, used, now.waiting_tokens, steps - back, now.received)
-            when_ns = int(sent_ns[-1 - back])
-            self._router.reported(self._replica, report, when_ns)
-            if when_ns + REPORT_NS <= horizon_ns:
-                break
+    def hear(self, output: RequestOutput | ControlOutput, now_ns: int) -> None:
+        """See Users."""
+        if isinstance(output, RequestOutput):
+            self._router.tell(now_ns, self._replica, output.rid)
+        self._users.hear(output, now_ns)
+
+
+class RouterReports:
+    """One replica's reports: see ports.Reports."""
+
+    def __init__(self, router: Router, replica: int, every_steps: int, now_ns: Callable[[], int]) -> None:
+        """``now_ns``: the time of the replica's loop."""
+        self.every_steps = every_steps
+        self._router, self._replica, self._now_ns = router, replica, now_ns
+
+    def send(self, load: LoadReport) -> None:
+        """See ports.Reports."""
+        self.send_at(self._now_ns(), load)
+
+    def send_at(self, when_ns: int, load: LoadReport) -> int:
+        """Send at another time than now; returns when it comes."""
+        self._router.tell(when_ns + REPORT_NS, self._replica, load)
+        return when_ns + REPORT_NS

@@ -31,3 +31,8 @@ class Routing(Model):
     Then the shortest queue is chosen."""
     max_tree_tokens: PositiveInt = 1 << 24
     """How much of what was sent to a replica is remembered."""
+
+    @property
+    def reads_loads(self) -> bool:
+        """Whether the policy looks at what replicas report."""
+        return self.policy not in ("round_robin", "random")
