@@ -29,7 +29,7 @@ def validate(scenario: options.ScenarioFile, settings: options.Settings = None) 
 
 def implied(scenario: Scenario) -> Iterator[tuple[str, str]]:
     """What follows from a scenario, as (label, words); variants share most. Raises InputError when it cannot run."""
-    from testbed.costs.capacity import kv_dtype
+    from testbed.costs.capacity import kv_dtype, stage_layers, stage_weight_bytes
     from testbed.deployment import build_engines
 
     engines, config = build_engines(scenario), scenario.engine
@@ -37,9 +37,11 @@ def implied(scenario: Scenario) -> Iterator[tuple[str, str]]:
     yield "loop", engine.loop_name + (" (auto)" if config.loop == "auto" else "")
     if len(engines) > 1:
         yield "loops", ", ".join(one.place.name for one in engines)
-    weights = engine.model.weight_bytes(config.dtype, config.quantization) / config.parallel.tp
-    yield "weights", f"{weights / 1e9:.2f} GB a device"
-    token_bytes = engine.model.kv_bytes_per_token(kv_dtype(config), config.parallel.tp, engine.model.layers)
+    layers = stage_layers(engine.model, config.parallel)
+    weights = [stage_weight_bytes(engine.model, config, stage) / config.parallel.tp for stage in range(len(layers))]
+    gigabytes = ", ".join(f"{size / 1e9:.2f}" for size in weights)
+    yield "weights", f"{gigabytes} GB a device" + (", by stage" if len(layers) > 1 else "")
+    token_bytes = engine.model.kv_bytes_per_token(kv_dtype(config), config.parallel.tp, max(layers))
     kv_gigabytes = engine.kv_tokens * token_bytes / 1e9
     yield "KV", f"{engine.kv_tokens:,} tokens of {token_bytes:,} bytes = {kv_gigabytes:.2f} GB a device"
     yield "context", f"{engine.context_length:,} tokens"
