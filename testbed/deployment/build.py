@@ -42,12 +42,13 @@ class Place:
     replica: int = 0
     role: Role = "null"
     stage: int = 0
+    stages: int = 1
 
     @property
     def name(self) -> str:
         """For reports, and what other engines call it."""
         what = "replica" if self.role == "null" else self.role
-        return f"{what} {self.replica}" + (f" stage {self.stage}" if self.stage else "")
+        return f"{what} {self.replica}" + (f" stage {self.stage}" if self.stages > 1 else "")
 
 
 ALONE = Place()
@@ -58,7 +59,7 @@ def places_of(scenario: Scenario) -> Iterator[Place]:
     parallel = scenario.engine.parallel
     for replica in range(parallel.dp):
         for stage in range(parallel.pp):
-            yield Place(replica * parallel.pp + stage, replica, "null", stage)
+            yield Place(replica * parallel.pp + stage, replica, "null", stage, parallel.pp)
 
 
 @dataclass(slots=True)
