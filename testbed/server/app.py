@@ -121,14 +121,14 @@ class Api:
 
     async def models(self, request: Request) -> Response:
         """The names of the model."""
-        return _json(responses.models(self._options.names, self._created, self._service.served.context_tokens))
+        return _json(responses.models(self._options.names, self._created, self._ready.context_length))
 
     async def model(self, request: Request) -> Response:
         """One name of the model."""
         name = request.path_params["name"]
         if name not in self._options.names:
             raise unknown_model(self._options.names)
-        return _json(responses.model(name, self._created, self._service.served.context_tokens))
+        return _json(responses.model(name, self._created, self._ready.context_length))
 
     async def embeddings(self, request: Request) -> Response:
         """Not there yet."""
@@ -168,7 +168,7 @@ class Api:
 
     async def model_info(self, request: Request) -> Response:
         """The model."""
-        return _json(native.model_info(self._options.names[0], self._service.served.context_tokens))
+        return _json(native.model_info(self._options.names[0], self._ready.context_length))
 
     async def load(self, request: Request) -> Response:
         """How much there is to do."""

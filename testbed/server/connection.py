@@ -1,4 +1,5 @@
-"""A connection of a client, with the limits that uvicorn has not: the head's size and time, and how many there are."""
+"""A connection of a client, with the limits that uvicorn has not: the head's size and time, the time of a body that
+nobody wants, what a client takes of what it is sent, and how many connections there are."""
 
 from __future__ import annotations
 
@@ -11,8 +12,6 @@ from testbed.server.protocol.errors import ApiError
 
 Place = Literal["between", "head", "body"]
 """Where in a request the data has come to."""
-CUT = "testbed.cut"
-"""In a request's scope: a function that drops the connection, with whatever is not sent yet."""
 
 
 class HeadTooLarge(Exception):
@@ -21,15 +20,23 @@ class HeadTooLarge(Exception):
 
 class OpenTransport:
     """A transport to whose other end nothing is sent once it is closing: uvloop's raises then, and uvicorn hears of a
-    connection's end only a moment later."""
+    connection's end only a moment later. And it does not close for ever."""
 
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, write_s: float) -> None:
+        """``write_s``: what has not been taken so long after the closing is dropped."""
+        self._transport, self._loop, self._write_s = transport, loop, write_s
 
     def write(self, data: bytes) -> None:
         """See asyncio.Transport."""
         if not self._transport.is_closing():
             self._transport.write(data)
+
+    def close(self) -> None:
+        """See asyncio.Transport."""
+        if not self._transport.is_closing():
+            self._transport.close()
+            if self._transport.get_write_buffer_size():
+                self._loop.call_later(self._write_s, self._transport.abort)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
@@ -38,51 +45,68 @@ class OpenTransport:
 class ClientConnection(HttpToolsProtocol):
     """One connection."""
 
-    def __init__(self, *, connections: int, header_s: float, header_bytes: int, **uvicorns: Any) -> None:
-        """``connections``: open at a time; more are turned away. ``header_s``, ``header_bytes``: of a request's
-        head."""
+    def __init__(
+        self,
+        *,
+        connections: int,
+        header_s: float,
+        body_s: float,
+        write_s: float,
+        header_bytes: int,
+        **uvicorns: Any,
+    ) -> None:
+        """``connections``: open at a time; more are turned away. ``header_s``, ``header_bytes``: of a request's head.
+        ``body_s``: of a body that is still on its way when its request has been answered. ``write_s``: for the client
+        to take what is sent."""
         super().__init__(**uvicorns)
         self._connections_max = connections
-        self._header_s, self._header_bytes = header_s, header_bytes
-        self._head_timer: asyncio.TimerHandle | None = None
-        """Runs while a head is expected: from the connection's start, or from a request's first byte."""
+        self._header_s, self._body_s, self._write_s = header_s, body_s, write_s
+        self._header_bytes = header_bytes
+        self._due: asyncio.TimerHandle | None = None
+        """Runs while a head is expected, from the connection's start or from a request's first byte; and while a body
+        is whose request has been answered."""
+        self._unread: asyncio.TimerHandle | None = None
+        """Runs while the client takes too little of what is sent."""
         self._place: Place = "between"
         self._head_bytes = 0
         self._too_large = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See asyncio.Protocol."""
-        super().connection_made(OpenTransport(transport))  # type: ignore[arg-type]
+        super().connection_made(OpenTransport(transport, self.loop, self._write_s))  # type: ignore[arg-type]
         if len(self.connections) > self._connections_max:
             error = ApiError("Too many connections; try again later.", status=503, retry_after_s=1)
             self._refuse(b"503 Service Unavailable", error)
             return
-        self._expect_head()
-
-    def _expect_head(self) -> None:
-        self._head_timer = self.loop.call_later(self._header_s, self._head_is_late)
-
-    def _head_is_late(self) -> None:
-        self._head_timer = None
-        if not self.transport.is_closing():
-            self._refuse(b"408 Request Timeout", ApiError("The request's head took too long.", status=408))
+        self._expect(self._header_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.Protocol."""
-        self._head_has_come()
+        self._has_come()
+        self._has_read()
         super().connection_lost(exc)
 
-    def _head_has_come(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
+    # -- what comes ---------------------------------------------------------------------------------------------------
+
+    def _expect(self, within_s: float) -> None:
+        self._due = self.loop.call_later(within_s, self._is_late)
+
+    def _has_come(self) -> None:
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
+
+    def _is_late(self) -> None:
+        self._due = None
+        if self.cycle is None or (self._place == "head" and self.cycle.response_complete):
+            self._refuse(b"408 Request Timeout", ApiError("The request's head took too long.", status=408))
+        else:  # its request has been answered, or a reply is on its way that nothing may come into
+            self.transport.close()
 
     def data_received(self, data: bytes) -> None:
         """See asyncio.Protocol."""
         if self.transport.is_closing():
             return
-        if self._place != "body" and self._head_timer is None:
-            self._expect_head()
         before = self._place
         super().data_received(data)
         if self._place == "head" and before != "body":  # a header without end: the parser keeps it to itself
@@ -90,6 +114,12 @@ class ClientConnection(HttpToolsProtocol):
             if self._head_bytes > 2 * self._header_bytes:
                 self._too_large = True
                 self.send_400_response("")
+        if self._due is None and self._is_waiting():
+            self._expect(self._header_s)
+
+    def _is_waiting(self) -> bool:
+        """Whether more must come: the rest of a head; or, after bytes that began none, a whole one."""
+        return self._place == "head" or (self._place == "between" and self.cycle.response_complete)
 
     def on_message_begin(self) -> None:
         """See uvicorn."""
@@ -115,14 +145,39 @@ class ClientConnection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """See uvicorn."""
         self._place = "body"
-        self._head_has_come()
-        self.scope[CUT] = self.transport.abort  # type: ignore[literal-required]
+        self._has_come()
         super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        """See uvicorn, whose time for an idle connection ends with the next byte of a body that nobody wants."""
+        super().on_response_complete()
+        if self._place == "body" and self.cycle.response_complete and not self.transport.is_closing():
+            self._expect(self._body_s)
 
     def on_message_complete(self) -> None:
         """See uvicorn."""
         super().on_message_complete()
         self._place = "between"
+        if self._due is not None:  # the body of an answered request has come: now the next one may
+            self._has_come()
+            self._expect(self._header_s)
+
+    # -- what is sent -------------------------------------------------------------------------------------------------
+
+    def pause_writing(self) -> None:
+        """See asyncio.Protocol."""
+        super().pause_writing()
+        self._unread = self.loop.call_later(self._write_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """See asyncio.Protocol."""
+        self._has_read()
+        super().resume_writing()
+
+    def _has_read(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def send_400_response(self, msg: str) -> None:
         """See uvicorn: the reply to what is no HTTP."""

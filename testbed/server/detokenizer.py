@@ -169,7 +169,7 @@ def _with_metrics(answer: Answer, metrics: ServerMetrics) -> Answer:
     if not answer.state:
         return answer
     metrics.state(answer.state)
-    return msgspec.structs.replace(answer, metrics=metrics.page()[0])
+    return msgspec.structs.replace(answer, metrics=metrics.page())
 
 
 def _count(metrics: ServerMetrics, end: Ended, delta: Delta) -> None:

@@ -71,9 +71,18 @@ class Compiled:
 class ServerGrammars:
     """See ports.Grammars. The loop's thread calls; the compiling ones touch only what the lock guards."""
 
-    def __init__(self, options: TrialOptions, memory_mib: int, post: Callable[[GrammarReady], None]) -> None:
-        """``memory_mib``: of all grammars that are kept; those that nobody uses go first, the longest unused before
-        others. ``post``: puts a message into the loop's inbox; called under the lock, from any thread.
+    def __init__(
+        self,
+        options: TrialOptions,
+        vocab_size: int,
+        memory_mib: int,
+        post: Callable[[GrammarReady], None],
+        cores: Collection[int],
+    ) -> None:
+        """``vocab_size``: of the model, which may have fewer tokens than ``options``. ``memory_mib``: of all grammars
+        that are kept; those that nobody uses go first, the longest unused before others. ``post``: puts a message into
+        the loop's inbox; called under the lock, from any thread. ``cores``: of the compiling threads, since the calling
+        one may have a core of its own.
 
         Raises InputError for a tokenizer that does not fit the model.
         """
@@ -83,12 +92,14 @@ class ServerGrammars:
             remedy = "give the model's own tokenizer"
             raise InputError(f"grammars cannot use this tokenizer: {error}", where="tokenizer", remedy=remedy) from None
         self._options = options
-        self._words = -(-options.vocab_size // 32)
-        special = [token for token in range(options.vocab_size) if self._tokenizer.is_special_token(token)]
+        self._words, self._model_words = -(-options.vocab_size // 32), -(-vocab_size // 32)
+        special = [token for token in range(vocab_size) if self._tokenizer.is_special_token(token)]
+        special += range(vocab_size, options.vocab_size)
         self._text = self._all_but(special)
         self._text_or_end = self._all_but([token for token in special if token not in options.eos_token_ids])
         self._most_bytes = memory_mib * MIB
         self._post = post
+        self._cores = cores
         self._executor = LLExecutor()
         self._lock = threading.Lock()
         self._kept: dict[GrammarSpec, Compiled] = {}
@@ -142,7 +153,7 @@ class ServerGrammars:
                 masks[row] = 0
             else:  # a special token is not the text by which it is called
                 masks[row] &= self._text_or_end if matcher.is_accepting() else self._text
-        return masks
+        return np.ascontiguousarray(masks[:, : self._model_words])
 
     def _all_but(self, token_ids: Collection[int]) -> NDArray[np.int32]:
         """A row of a mask."""
@@ -178,8 +189,7 @@ class ServerGrammars:
 
     def _work(self, trial: Trial) -> None:
         """A compiling thread."""
-        # The loop's thread may have a core of its own, which a thread that it starts would share.
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+        os.sched_setaffinity(0, self._cores)
         while (spec := self._jobs.get()) is not None:
             with self._lock:
                 if not self._asking[spec]:

@@ -63,7 +63,9 @@ class Continuation:
         self.told = len(self.logprobs)
         return untold
 
-    def choice(self, text: str, logprobs: Sequence[TokenLogprob] | None) -> Choice:
+    def choice(
+        self, text: str, logprobs: Sequence[TokenLogprob] | None, token_ids: Sequence[int] | None = None
+    ) -> Choice:
         """The protocol's form of a stretch of it, or of all."""
         end = self.finished
         return Choice(
@@ -72,6 +74,7 @@ class Continuation:
             reason=None if end is None else end.reason,
             matched=None if end is None else end.matched,
             logprobs=logprobs,
+            token_ids=token_ids,
             message="" if end is None else end.message,
             status=200 if end is None else end.status,
         )
@@ -157,7 +160,8 @@ class CompletionForm:
         generation, logprobs = choice.generation, None
         if generation.return_logprob:
             logprobs = [*choice.prompt_logprobs(self._asked.token_bytes), *choice.logprobs]
-        return choice.choice(self._echo(choice) + "".join(choice.texts), logprobs)
+        text = self._echo(choice) + "".join(choice.texts)
+        return choice.choice(text, logprobs, _told_ids(self._asked, choice.output_ids))
 
     def _echo(self, choice: Continuation) -> str:
         return self._asked.prompt_texts[choice.index // choice.generation.n] if choice.generation.echo else ""
@@ -173,7 +177,8 @@ class CompletionForm:
 
     def chunk(self, choice: Continuation, delta: Delta) -> bytes:
         """See Form."""
-        made = replace(choice.choice(delta.text, choice.untold_logprobs()), text_offset=choice.chars)
+        made = choice.choice(delta.text, choice.untold_logprobs(), _told_ids(self._asked, delta.token_ids))
+        made = replace(made, text_offset=choice.chars)
         choice.chars += len(delta.text)
         return responses.completion_event(self._head, made, self._usage())
 
@@ -203,7 +208,8 @@ class ChatForm:
         return responses.chat(self._head, choices, asked.usage(), asked.call.cached_details)
 
     def _whole(self, choice: Continuation) -> Choice:
-        made = choice.choice("".join(choice.texts), choice.logprobs if choice.generation.return_logprob else None)
+        logprobs = choice.logprobs if choice.generation.return_logprob else None
+        made = choice.choice("".join(choice.texts), logprobs, _told_ids(self._asked, choice.output_ids))
         if self._asked.call.tools is None:
             return made
         parsed = parse_calls(self._asked.call.tools, made.text)
@@ -216,7 +222,7 @@ class ChatForm:
 
     def chunk(self, choice: Continuation, delta: Delta) -> bytes:
         """See Form."""
-        made = choice.choice(delta.text, choice.untold_logprobs())
+        made = choice.choice(delta.text, choice.untold_logprobs(), _told_ids(self._asked, delta.token_ids))
         if self._asked.call.tools is not None:
             made = self._with_calls(choice, made, self._asked.call.tools)
         return responses.chat_event(self._head, made, _usage_of_chunk(self._asked))
@@ -278,6 +284,10 @@ class NativeForm:
     def last(self) -> bytes:
         """See Form."""
         return responses.DONE
+
+
+def _told_ids(asked: Asked, token_ids: Sequence[int]) -> Sequence[int] | None:
+    return token_ids if asked.call.token_ids else None
 
 
 def _usage_of_chunk(asked: Asked) -> dict[str, object]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +14,9 @@ from pathlib import Path
 import zmq
 from tokenizers import Tokenizer
 
-from testbed.api import Engine, build_engine, engine_options
+from testbed.api import engine_options
 from testbed.costs import HostProfile, load_host
+from testbed.deployment import Engine, build_engine
 from testbed.engine.builder import InputBuilder
 from testbed.engine.device import Device, needs_installing, open_device
 from testbed.loops.base import LoopContext
@@ -41,6 +43,7 @@ OUTPUTS_AHEAD = 10_000
 def serve(part: Part) -> None:
     """Run the loop until the parent asks to end. Raises InputError for what cannot run, DeviceLost."""
     options, folder = part.start.options, part.start.folder
+    cores = os.sched_getaffinity(0)  # before the loop gets one of them for itself
     scenario = _scenario(options, folder)
     clock = wall.WallClock()
 
@@ -66,8 +69,9 @@ def serve(part: Part) -> None:
             arrived=recorder.arrived,
             check=device.check if device else _no_check,
         )
-        ends = _ends(device, options.tokenizer)
-        with _grammars(context, part.start, engine.model.vocab, ends) as grammars:
+        known = _tokens(options.tokenizer)
+        ends = _ends(device, options.tokenizer, min(known, engine.model.vocab))
+        with _grammars(context, part.start, engine.model.vocab, known, ends, cores) as grammars:
             runtime = wall.WallRuntime(
                 clock=clock,
                 device=_device(clock, engine, device, lengths.oracle if lengths else engine.oracle, ends),
@@ -76,7 +80,7 @@ def serve(part: Part) -> None:
                 inject=_inject(scenario),
                 grammars=grammars,
             )
-            part.tell(_ready(engine, device, options))
+            part.tell(_ready(engine, device, options, known))
             gc.collect()
             gc.freeze()  # what lives as long as the server is looked at no more
             wall.run_to_the_end(engine.loop(LoopContext(engine.scheduler, runtime)))
@@ -126,25 +130,35 @@ def _sockets(context: zmq.Context[zmq.Socket[bytes]], folder: str) -> tuple[zmq.
     return requests, outputs
 
 
-def _ends(device: Device | None, tokenizer: str) -> tuple[int, ...]:
-    """The ends of sequence that grammars know: the model's, where its tokenizer is not another one that stands in."""
-    if device is None:
-        return eos_token_ids(tokenizer)
-    known = Tokenizer.from_file(str(Path(tokenizer) / "tokenizer.json")).get_vocab_size()
-    return tuple(token for token in device.info.eos_token_ids if token < known)
+def _tokens(tokenizer: str) -> int:
+    """Of a folder's tokenizer: one more than its highest id."""
+    return max(Tokenizer.from_file(str(Path(tokenizer) / "tokenizer.json")).get_vocab().values()) + 1
+
+
+def _ends(device: Device | None, tokenizer: str, tokens: int) -> tuple[int, ...]:
+    """The ends of sequence that grammars know: the model's, where its tokenizer is not another one that stands in.
+    ``tokens``: that both have."""
+    ends = eos_token_ids(tokenizer) if device is None else device.info.eos_token_ids
+    return tuple(token for token in ends if token < tokens)
 
 
 @contextmanager
 def _grammars(
-    context: zmq.Context[zmq.Socket[bytes]], start: wire.Start, vocab_size: int, ends: tuple[int, ...]
+    context: zmq.Context[zmq.Socket[bytes]],
+    start: wire.Start,
+    vocab_size: int,
+    known: int,
+    ends: tuple[int, ...],
+    cores: set[int],
 ) -> Iterator[ServerGrammars | None]:
     """What compiles grammars and tells the loop through its own socket; None where the tokenizer has no end of
-    sequence, which ends what a grammar allows."""
+    sequence, which ends what a grammar allows. ``known``: tokens of the tokenizer; ``cores``: to compile on."""
     if not ends:
         yield None
         return
     limits = start.options.limits
-    trial = TrialOptions(start.options.tokenizer, vocab_size, ends, limits.grammar_ms, limits.grammar_mib)
+    tokens = max(vocab_size, known)
+    trial = TrialOptions(start.options.tokenizer, tokens, ends, limits.grammar_ms, limits.grammar_mib)
     inbox = context.socket(zmq.PUSH)
     inbox.sndhwm = 0
     inbox.connect(wire.requests_address(start.folder))
@@ -153,7 +167,7 @@ def _grammars(
         inbox.send(wire.asked(0, 0, ready))
 
     try:
-        with ServerGrammars(trial, limits.grammars_mib, post) as grammars:
+        with ServerGrammars(trial, vocab_size, limits.grammars_mib, post, cores) as grammars:
             yield grammars
     finally:
         inbox.close(0)
@@ -178,26 +192,31 @@ def _inject(scenario: Scenario) -> HostProfile | None:
     return load_host(scenario.host_inject, tp=scenario.engine.parallel.tp, where="host_inject")
 
 
-def _ready(engine: Engine, device: Device | None, options: ServeOptions) -> wire.Ready:
+def _ready(engine: Engine, device: Device | None, options: ServeOptions, known: int) -> wire.Ready:
+    """``known``: tokens of the tokenizer."""
     modelled = engine.device.name if engine.device is not None else "constant"
     return wire.Ready(
         max_total_num_tokens=engine.kv_tokens,
         max_req_input_len=engine.scheduler.max_prompt_tokens,
+        context_length=engine.scheduler.context_length,
         context_tokens=engine.scheduler.max_request_tokens - 1,
         vocab_size=engine.model.vocab,
         max_running_requests=engine.scheduler.max_running_requests,
         device=device.info.name if device is not None else f"{modelled} (modelled)",
         loop=engine.loop_name,
-        notes=_notes(engine, device, options),
+        notes=_notes(engine, device, options, known),
     )
 
 
-def _notes(engine: Engine, device: Device | None, options: ServeOptions) -> tuple[str, ...]:
-    if device is None:
-        return tuple(f"unmeasured: {what}" for what in engine.cost_model.unmeasured())
-    if options.tiny or Path(options.tokenizer) != OWN_TOKENIZER:
-        return device.info.notes
-    return (*device.info.notes, "the model has no tokenizer.json: ours stands in, and most of its tokens have no text")
+def _notes(engine: Engine, device: Device | None, options: ServeOptions, known: int) -> tuple[str, ...]:
+    unmeasured = engine.cost_model.unmeasured() if device is None else ()
+    notes = [f"unmeasured: {what}" for what in unmeasured] if device is None else [*device.info.notes]
+    if device is not None and not options.tiny and Path(options.tokenizer) == OWN_TOKENIZER:
+        notes.append("the model has no tokenizer.json: ours stands in, and most of its tokens have no text")
+    if known > engine.model.vocab:
+        more = f"the tokenizer has {known:,} tokens, the model {engine.model.vocab:,}"
+        notes.append(f"{more}: prompts with any of the others are refused")
+    return tuple(notes)
 
 
 if __name__ == "__main__":

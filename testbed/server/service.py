@@ -18,12 +18,11 @@ from tokenizers import Tokenizer
 
 from testbed.messages import GenerateRequest, TextOptions, TokenPrompt
 from testbed.server.calls import Calls, Gone, Mailbox
-from testbed.server.connection import CUT
 from testbed.server.detokenize import Vocabulary
 from testbed.server.options import Waits
 from testbed.server.protocol import responses
 from testbed.server.protocol.errors import ApiError, of_end, too_large
-from testbed.server.protocol.generation import Call, Generation, Served, check_prompt
+from testbed.server.protocol.generation import Call, Generation, Served, check_prompts
 from testbed.server.replies import RETRY_AFTER_S, Asked, Continuation, Form
 from testbed.server.wire import Delta
 
@@ -98,15 +97,16 @@ class Service:
         """What a body asks for, tokenised. Raises ApiError."""
         call = await _aside(len(body), parse, body, self.served)
         self._check_supported(call)
-        prompts, echoes = await self._tokenised(call.generations)
+        prompts, echoes = await self._tokenised(call)
         return self._asked(call, prompts, echoes, began_s)
 
     def _check_supported(self, call: Call) -> None:
         """What the protocol can say and this server cannot do. Raises ApiError."""
         if any(generation.return_logprob for generation in call.generations):
+            name = call.logprobs_name
             if self._modelled:
-                message = "logprobs are not there: this server models a device, it computes no probabilities."
-                raise ApiError(message, param="logprobs", code="not_supported")
+                message = f"{name} cannot be had: this server models a device, it computes no probabilities."
+                raise ApiError(message, param=name, code="not_supported")
             if call.stream and any(generation.echo for generation in call.generations):
                 message = "echo with logprobs cannot be streamed: the prompt's are known at the end only."
                 raise ApiError(message, param="echo", code="not_supported")
@@ -156,12 +156,12 @@ class Service:
             raise Gone from None
         return b"".join(parts)
 
-    async def _tokenised(self, generations: Sequence[Generation]) -> tuple[list[NDArray[np.int32]], list[str]]:
-        """(prompts, the texts of those that are to be echoed, else '')."""
+    async def _tokenised(self, call: Call) -> tuple[list[NDArray[np.int32]], list[str]]:
+        """(prompts, the texts of those that are to be echoed, else ''). Raises ApiError."""
+        generations = call.generations
         size = sum(len(one.prompt) for one in generations if one.echo or isinstance(one.prompt, str))
         prompts: list[NDArray[np.int32]] = await _aside(size, self._token_ids, generations)
-        for prompt, generation in zip(prompts, generations, strict=True):
-            check_prompt(len(prompt), generation, self.served)
+        check_prompts(prompts, call, self.served)
         return prompts, await _aside(size, self._echoes, generations)
 
     def _token_ids(self, generations: Sequence[Generation]) -> list[NDArray[np.int32]]:
@@ -240,9 +240,6 @@ class Reply(Response):
                 await self._send_whole(send)
         except Gone:
             pass
-        except TimeoutError:
-            scope[CUT]()
-            await self._watch  # uvicorn is to know that the client is gone before it misses the rest of the reply
         finally:
             self.end()
 
@@ -250,7 +247,7 @@ class Reply(Response):
         body = msgspec.json.encode(self._form.whole())
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await self._send_part(send, body, more=False)
+        await _send_part(send, body, more=False)
 
     async def _send_stream(self, send: Send) -> None:
         headers = [
@@ -262,22 +259,22 @@ class Reply(Response):
         data = self._first
         try:
             while self._left:
-                await self._send_part(send, data, more=True)
+                await _send_part(send, data, more=True)
                 data = self._chunks(await self._mailbox.take())
             data += self._form.last()
         except ApiError as error:
             data = responses.error_event(error) + responses.DONE
-        await self._send_part(send, data, more=False)
-
-    async def _send_part(self, send: Send, data: bytes, *, more: bool) -> None:
-        async with asyncio.timeout(self._service.waits.write_s):
-            await send({"type": "http.response.body", "body": data, "more_body": more})
+        await _send_part(send, data, more=False)
 
     def end(self) -> None:
         """Nothing more is sent; what has not ended is aborted."""
         self._service.calls.abandon(self._choices)
         self._watch.cancel()
         self._service.busy -= 1
+
+
+async def _send_part(send: Send, data: bytes, *, more: bool) -> None:
+    await send({"type": "http.response.body", "body": data, "more_body": more})
 
 
 async def _watch(request: Request, mailbox: Mailbox) -> None:

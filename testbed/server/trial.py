@@ -38,7 +38,7 @@ class TrialOptions(msgspec.Struct, frozen=True):
     tokenizer: str
     """Its folder."""
     vocab_size: int
-    """Of the model: at least the tokenizer's."""
+    """Of the model or of the tokenizer, whichever has more tokens."""
     eos_token_ids: tuple[int, ...]
     """At least one."""
     cpu_ms: int
@@ -65,7 +65,7 @@ class Verdict(msgspec.Struct, frozen=True):
 
 
 def load_tokenizer(options: TrialOptions) -> LLTokenizer:
-    """The tokenizer as grammars see it. Raises ValueError for one with more tokens than the model."""
+    """The tokenizer as grammars see it. Raises ValueError for one with more tokens than the options say."""
     path = Path(options.tokenizer) / "tokenizer.json"
     return LLTokenizer(str(path), n_vocab=options.vocab_size, eos_token=list(options.eos_token_ids))
 

@@ -147,6 +147,8 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     """Of the scheduler: tokens that the KV pool holds."""
     max_req_input_len: int = 0
     """Of the scheduler: a prompt is shorter than this."""
+    context_length: int = 0
+    """Of the model, or as the engine was told: what ``max_model_len`` says, as in SGLang."""
     context_tokens: int = 0
     """Of the scheduler: prompt and output together are at most this."""
     vocab_size: int = 0

@@ -100,6 +100,8 @@ def _config(options: ServeOptions, app: Any) -> uvicorn.Config:
         ClientConnection,
         connections=-(-options.connections // options.workers),
         header_s=options.waits.header_s,
+        body_s=options.waits.body_s,
+        write_s=options.waits.write_s,
         header_bytes=options.header_bytes,
     )
     return uvicorn.Config(

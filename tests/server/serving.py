@@ -154,13 +154,18 @@ class Serving:
         return int(float(line))
 
     def comes_to_rest(self) -> dict[str, Any]:
-        """Wait until nothing waits or runs; every page is free or cached then."""
+        """Wait until nothing waits or runs and every page is free or cached; a batch in flight holds what is neither."""
         until = time.monotonic() + PATIENCE_S
-        while (state := self.state())["running"] or state["waiting"]:
+        while not at_rest(state := self.state()):
             assert time.monotonic() < until, state
             time.sleep(0.01)
-        assert state["free_tokens"] + state["evictable_tokens"] == state["max_total_num_tokens"], state
         return state
+
+
+def at_rest(state: dict[str, Any]) -> bool:
+    """Of the scheduler."""
+    idle = state["free_tokens"] + state["evictable_tokens"] == state["max_total_num_tokens"]
+    return idle and not state["running"] and not state["waiting"]
 
 
 @contextmanager

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import http.client
 import json
 import socket
+import time
 from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
 
 import pytest
+import uvloop
 
+from testbed.server.connection import OpenTransport
 from tests.server.serving import PATIENCE_S, USER_KEY, Serving
 
 HEAD = f"Host: x\r\nAuthorization: Bearer {USER_KEY}\r\nContent-Type: application/json\r\n"
@@ -115,6 +122,72 @@ def test_chunks_without_end_are_bounded_like_any_body(paced: Serving) -> None:
     head = f"POST /v1/completions HTTP/1.1\r\n{HEAD}Transfer-Encoding: chunked\r\n\r\n".encode()
     reply = said(paced, head, *[b"4000\r\n" + b"x" * 0x4000 + b"\r\n"] * 10)
     assert not reply or status_of(reply) == 413
+
+
+def test_a_body_behind_its_refusal_is_let_in_and_the_connection_goes_on(paced: Serving) -> None:
+    wrong = post(GOOD).replace(USER_KEY.encode(), b"wrong")
+    with socket.create_connection(("127.0.0.1", paced.port), timeout=PATIENCE_S) as connection:
+        connection.sendall(wrong.removesuffix(GOOD))
+        refused = json.loads(read_reply(connection, 401))
+        assert refused["error"]["code"] == "invalid_api_key"
+        connection.sendall(GOOD[:9])
+        connection.sendall(GOOD[9:] + post(GOOD, "Connection: close\r\n"))
+        assert json.loads(read_reply(connection, 200))["usage"]["completion_tokens"] == 2
+        assert connection.recv(1) == b""
+
+
+def read_reply(connection: socket.socket, status: int) -> bytes:
+    """The body of the next reply, which has this status."""
+    with closing(http.client.HTTPResponse(connection)) as reply:
+        reply.begin()
+        assert reply.status == status
+        return reply.read()
+
+
+def test_who_takes_nothing_is_cut_off_whatever_was_asked(paced: Serving) -> None:
+    """Not only generated text: a page that is asked for again and again."""
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.settimeout(PATIENCE_S)
+        connection.connect(("127.0.0.1", paced.port))
+        connection.sendall(f"GET /openapi.json HTTP/1.1\r\n{HEAD}\r\n".encode() * 400)
+        assert connection.recv(1)
+        until = time.monotonic() + PATIENCE_S
+        while is_held(paced.port, connection.getsockname()[1]):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+
+
+def is_held(server_port: int, client_port: int) -> bool:
+    """Whether the server has its end of this connection open still (proc(5): state 01, ESTABLISHED)."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]]
+    ends = f":{server_port:04X}", f":{client_port:04X}"
+    return any(row[1].endswith(ends[0]) and row[2].endswith(ends[1]) and row[3] == "01" for row in rows)
+
+
+def test_a_connection_does_not_close_for_ever() -> None:
+    """Whoever does not take the end of a reply is dropped with it."""
+
+    class Told(asyncio.Protocol):
+        def __init__(self) -> None:
+            self.lost = asyncio.Event()
+
+        def connection_lost(self, error: Exception | None) -> None:
+            self.lost.set()
+
+    async def close_on_the_deaf() -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            loop = asyncio.get_running_loop()
+            transport, protocol = await loop.connect_accepted_socket(Told, ours)
+            client = OpenTransport(transport, loop, write_s=0.01)
+            client.write(bytes(10_000_000))
+            client.close()
+            assert not protocol.lost.is_set()
+            async with asyncio.timeout(PATIENCE_S):
+                await protocol.lost.wait()
+
+    uvloop.run(close_on_the_deaf())
 
 
 def test_a_hundred_requests_in_one_breath_are_answered_in_order(paced: Serving) -> None:

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from queue import Queue
 from types import SimpleNamespace
@@ -27,6 +27,7 @@ from tests.server.serving import PATIENCE_S, TOKENIZER, wait_gone
 VOCABULARY = 4100
 """Of the model: a few more than the tokenizer's, and no multiple of 32."""
 EOS = 1
+CORES = os.sched_getaffinity(0)
 OPTIONS = TrialOptions(str(OWN_TOKENIZER), VOCABULARY, (EOS,), cpu_ms=600, memory_mib=256)
 PERSON = {
     "type": "object",
@@ -55,9 +56,15 @@ def for_ever(number: int) -> GrammarSpec:
 class Desk:
     """Grammars, and what they tell the loop."""
 
-    def __init__(self, options: TrialOptions = OPTIONS, memory_mib: int = 64) -> None:
+    def __init__(
+        self,
+        options: TrialOptions = OPTIONS,
+        memory_mib: int = 64,
+        vocab_size: int = VOCABULARY,
+        cores: Collection[int] = CORES,
+    ) -> None:
         self.told: Queue[GrammarReady] = Queue()
-        self.grammars = ServerGrammars(options, memory_mib, self.told.put)
+        self.grammars = ServerGrammars(options, vocab_size, memory_mib, self.told.put, cores)
         self.asked = 0
 
     def ask(self, spec: GrammarSpec) -> int:
@@ -339,6 +346,33 @@ def test_nothing_stays_behind() -> None:
     desk.grammars.close()
     wait_gone(processes)
     assert not any(thread.is_alive() for thread in desk.grammars._threads)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model() -> None:
+    """Masks are the model's, and allow none of the others."""
+    vocab_size = 300
+    desk = Desk(vocab_size=vocab_size)
+    with desk.grammars:
+        ranks = [desk.open(regex("[a-z ]+x")) for _ in range(12)]
+        for masks in (desk.masks(None, *ranks), desk.masks(ranks[0])):
+            assert masks is not None and masks.shape[1] == -(-vocab_size // 32) and masks.flags.c_contiguous
+            allowed = tokens_of(masks[-1])
+            assert allowed and max(allowed) < vocab_size
+        text, ended = desk.write(ranks[0], seed=0)
+        assert re.fullmatch("[a-z ]+x", text) or not ended
+
+
+def test_it_compiles_on_the_cores_that_it_is_given() -> None:
+    """Not on all that there are; nor on the one that the loop has for itself."""
+    cores = {max(CORES)}
+    desk = Desk(cores=cores)
+    with desk.grammars:
+        for number in range(4):
+            desk.open(regex(f"a{number}"))
+        threads = [thread.native_id for thread in desk.grammars._threads]
+        for task in (*threads, *desk.processes()):
+            assert task is not None and os.sched_getaffinity(task) == cores
+    assert os.sched_getaffinity(0) == CORES
 
 
 def test_a_tokenizer_that_does_not_fit() -> None:

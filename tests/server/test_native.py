@@ -119,6 +119,8 @@ def test_health_and_load_and_info(paced: Serving) -> None:
     assert info["max_total_num_tokens"] == 20000 and info["limits"]["n"] == 8
     assert ADMIN_KEY not in json.dumps(info) and USER_KEY not in json.dumps(info)
     assert paced.ask("GET", "/get_model_info")["is_generation"]
+    (model,) = paced.ask("GET", "/v1/models")["data"]
+    assert model["max_model_len"] == 131072 and info["max_req_input_len"] < 20000  # of the model, and of the pool
 
 
 def sample(server: Serving, name: str) -> float:

@@ -218,3 +218,30 @@ def test_an_echo_has_the_prompts_logprobs(tiny_client: openai.OpenAI) -> None:
     values = choice.logprobs.token_logprobs
     assert values is not None and len(values) == prompt + 3
     assert values[0] is None and all(value is not None and value <= 0 for value in values[1:])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_token_ids_come_beside_the_text(client: openai.OpenAI, stream: bool) -> None:
+    """vLLM's ``return_token_ids``, in one piece and in a stream, up to what a stop string leaves."""
+    whole = client.completions.create(
+        model=MODEL, prompt="x", max_tokens=30, extra_body={"ignore_eos": True, "rid": "a"}
+    )
+    stop = whole.choices[0].text[20:23]
+    for asked in ({"rid": "a"}, {"rid": "a", "stop": stop}):
+        extra = {"ignore_eos": True, "return_token_ids": True, **asked}
+        reply = client.completions.create(model=MODEL, prompt="x", max_tokens=30, stream=stream, extra_body=extra)
+        choices = [chunk.choices[0] for chunk in reply] if stream else [reply.choices[0]]
+        ids = [token for choice in choices for token in (choice.model_extra or {})["token_ids"]]
+        text = "".join(choice.text for choice in choices)
+        assert ids in [oracle_ids(f"{worker}:a", len(ids)) for worker in range(2)]
+        assert (len(ids) == 30) == ("stop" not in asked) and TOKENIZER.decode(ids).startswith(text)
+    chat = client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": "hi"}],
+        max_tokens=9,
+        n=2,
+        extra_body={"ignore_eos": True, "return_token_ids": True, "rid": "c"},
+    )
+    for index, one in enumerate(chat.choices):
+        name = f"c:{index}" if index else "c"
+        assert one.model_extra and one.model_extra["token_ids"] in [oracle_ids(f"{w}:{name}", 9) for w in range(2)]

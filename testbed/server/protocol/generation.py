@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -54,6 +55,10 @@ class Generation:
     echo: bool = False
     """Whether the reply begins with the prompt's text."""
 
+    def outputs(self, room: int) -> int:
+        """Output tokens of a choice, at most, where ``room`` fit."""
+        return room if self.max_new_tokens is None else min(self.max_new_tokens, room)
+
     def sampling_of(self, choice: int) -> SamplingParams:
         """How choice ``choice`` of ``n`` is drawn: each with a seed of its own, the first with the one asked for."""
         if self.sampling.seed is None or choice == 0:
@@ -83,6 +88,11 @@ class Call:
     """Ids that the client chose, one a prompt; empty: the server's own."""
     batch: bool = False
     """Native only: the answer is a list, since the prompts were one."""
+    token_ids: bool = False
+    """OpenAI's only: the ids of the output are told beside its text, as vLLM does (``return_token_ids``)."""
+    prompt_name: str = "prompt"
+    logprobs_name: str = "logprobs"
+    """What the protocol calls them, for errors."""
 
 
 def check_amount(generations: tuple[Generation, ...], served: Served, name: str) -> None:
@@ -94,10 +104,7 @@ def check_amount(generations: tuple[Generation, ...], served: Served, name: str)
     choices = sum(generation.n for generation in generations)
     if choices > limits.choices:
         raise ApiError(f"n times the number of prompts must be at most {limits.choices}.", param="n")
-    tokens = sum(
-        generation.n * min(served.context_tokens, generation.max_new_tokens or served.context_tokens)
-        for generation in generations
-    )
+    tokens = sum(generation.n * generation.outputs(served.context_tokens) for generation in generations)
     if choices > 1 and tokens > limits.asked_tokens:
         message = f"{name} times the number of choices must be at most {limits.asked_tokens}; ask for fewer tokens."
         raise ApiError(message, param=name)
@@ -114,14 +121,41 @@ def check_grammar(generation: Generation) -> None:
         raise ApiError(message, param="min_tokens")
 
 
-def check_prompt(prompt_tokens: int, generation: Generation, served: Served) -> None:
-    """Whether a tokenised prompt fits, with the output that was asked for. Raises ApiError as OpenAI words it."""
-    wanted = generation.max_new_tokens or 1
-    if prompt_tokens == 0:
-        raise ApiError("prompt has no tokens; send some text.", param="prompt")
-    if prompt_tokens + wanted > served.context_tokens:
+def check_prompts(prompts: Sequence[NDArray[np.int32]], call: Call, served: Served) -> None:
+    """Whether the tokenised prompts, int32 [tokens] each, can be served with what is asked of them. Raises ApiError."""
+    for prompt, generation in zip(prompts, call.generations, strict=True):
+        _check_prompt(prompt, generation, call.prompt_name, served)
+    pairs = zip(prompts, call.generations, strict=True)
+    values = sum(_logprobs(len(prompt), generation, served) for prompt, generation in pairs)
+    most = served.limits.logprob_values
+    if values > most:
         message = (
-            f"This model's context is {served.context_tokens} tokens; the prompt has {prompt_tokens} and {wanted} "
+            f"{call.logprobs_name} asks for {values} values, 1 and the most likely ones for each output token of each "
+            f"choice, and the prompt's; at most {most} are allowed. Ask for fewer tokens."
+        )
+        raise ApiError(message, param=call.logprobs_name)
+
+
+def _check_prompt(prompt: NDArray[np.int32], generation: Generation, name: str, served: Served) -> None:
+    """Whether one fits into the context with its output, as OpenAI words it, and the model has its tokens."""
+    wanted = generation.max_new_tokens or 1
+    if len(prompt) == 0:
+        raise ApiError(f"{name} has no tokens; send some text.", param=name)
+    if len(prompt) + wanted > served.context_tokens:
+        message = (
+            f"This model's context is {served.context_tokens} tokens; the prompt has {len(prompt)} and {wanted} "
             "were asked for. Shorten the prompt or ask for fewer tokens."
         )
-        raise ApiError(message, param="prompt", code="context_length_exceeded")
+        raise ApiError(message, param=name, code="context_length_exceeded")
+    if prompt.max() >= served.vocab_size:  # some tokenizers have more tokens than their models
+        message = f"{name} has text that is token {prompt.max()} of the tokenizer; the model has {served.vocab_size}."
+        raise ApiError(message, param=name)
+
+
+def _logprobs(prompt_tokens: int, generation: Generation, served: Served) -> int:
+    """Log-probabilities that all choices of a prompt may come to."""
+    if not generation.return_logprob:
+        return 0
+    outputs = generation.outputs(served.context_tokens - prompt_tokens)
+    told = prompt_tokens - generation.logprob_start if generation.logprob_start >= 0 else 0
+    return generation.n * (outputs * (1 + generation.top_logprobs) + max(told, 0))

@@ -34,6 +34,8 @@ class Limits:
     """Output tokens of all choices of a request: ``max_tokens`` times choices."""
     logprobs: int = 20
     """Most likely tokens told beside each."""
+    logprob_values: int = 1 << 20
+    """Log-probabilities of a request: output tokens times 1 and those beside them, of all choices, and the prompt's."""
     stops: int = 16
     stop_chars: int = 256
     """Of one stop string."""

@@ -8,7 +8,7 @@ from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import HistogramMetricFamily
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 from testbed.server.protocol.native import used_tokens
@@ -136,6 +136,6 @@ class ServerMetrics:
         self._capacity.set(capacity)
         self._ratio.set(float(state["new_token_ratio"]))
 
-    def page(self) -> tuple[bytes, str]:
-        """The body of ``/metrics`` and its content type."""
-        return generate_latest(self._registry), CONTENT_TYPE_LATEST
+    def page(self) -> bytes:
+        """The body of ``/metrics``."""
+        return generate_latest(self._registry)

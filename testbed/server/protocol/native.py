@@ -86,7 +86,13 @@ def parse_generate(body: bytes, served: Served) -> Call:
     generations = tuple(_generation(request, *pair) for pair in zip(params, prompts, strict=True))
     check_amount(generations, served, "sampling_params.max_new_tokens")
     return Call(
-        model=served.names[0], generations=generations, stream=request.stream, rids=tuple(request.rid), batch=batch
+        model=served.names[0],
+        generations=generations,
+        stream=request.stream,
+        rids=tuple(request.rid),
+        batch=batch,
+        prompt_name="input_ids" if request.text is None else "text",
+        logprobs_name="return_logprob",
     )
 
 
@@ -210,12 +216,12 @@ def used_tokens(state: Mapping[str, int | float | str]) -> int:
     return int(state["max_total_num_tokens"]) - int(state["free_tokens"]) - int(state["evictable_tokens"])
 
 
-def model_info(path: str, context_tokens: int) -> dict[str, object]:
+def model_info(path: str, context_length: int) -> dict[str, object]:
     """``/get_model_info``."""
     return {
         "model_path": path,
         "tokenizer_path": path,
         "is_generation": True,
         "preferred_sampling_params": None,
-        "max_model_len": context_tokens,
+        "max_model_len": context_length,
     }

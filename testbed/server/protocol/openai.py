@@ -166,6 +166,7 @@ class OpenAIFields(SamplingFields):
     rid: Name | None = None
     user: Name | None = None
     return_cached_tokens_details: bool = False
+    return_token_ids: bool = False
 
 
 class CompletionRequest(OpenAIFields):
@@ -320,7 +321,8 @@ def parse_chat(body: bytes, served: Served) -> Call:
         return_logprob=request.logprobs,
         top_logprobs=request.top_logprobs or 0,
     )
-    return replace(_call(request, (generation,), served, "max_completion_tokens"), tools=use)
+    call = _call(request, (generation,), served, "max_completion_tokens")
+    return replace(call, tools=use, prompt_name="messages")
 
 
 def validated(model: type[Model], data: Mapping[str, Any], served: Served) -> Model:
@@ -396,6 +398,7 @@ def _call(request: OpenAIFields, generations: tuple[Generation, ...], served: Se
         include_usage=request.stream_options.include_usage,
         continuous_usage=request.stream_options.continuous_usage_stats,
         cached_details=request.return_cached_tokens_details,
+        token_ids=request.return_token_ids,
         rids=(request.rid,) if request.rid and len(generations) == 1 else (),
     )
 

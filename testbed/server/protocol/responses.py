@@ -77,6 +77,8 @@ class Choice:
     """The stop string or token that ended it."""
     logprobs: Sequence[TokenLogprob] | None = None
     """Of this stretch's tokens; None when nobody asked."""
+    token_ids: Sequence[int] | None = None
+    """Of this stretch; None when nobody asked."""
     calls: tuple[ToolCall, ...] = ()
     """Chat: the tool calls in it."""
     first_call: int = 0
@@ -131,7 +133,8 @@ def chat_event(head: Head, choice: Choice, usage: Mapping[str, object] | None = 
         calls = _calls(head, choice)
         delta["tool_calls"] = [{"index": choice.first_call + at, **call} for at, call in enumerate(calls)]
     called = bool(choice.calls) or choice.first_call > 0
-    made = {"index": choice.index, "delta": delta, "logprobs": _chat_logprobs(choice), **_end(choice, called)}
+    made = {"index": choice.index, "delta": delta, "logprobs": _chat_logprobs(choice), **_ids(choice)}
+    made |= _end(choice, called)
     return event({**_chat_head(head, "chat.completion.chunk"), "choices": [made], **(usage or {})})
 
 
@@ -159,12 +162,12 @@ def error_event(error: ApiError) -> bytes:
     return event(error.content())
 
 
-def models(names: Sequence[str], created: int, context_tokens: int) -> dict[str, object]:
+def models(names: Sequence[str], created: int, context_length: int) -> dict[str, object]:
     """``/v1/models``."""
-    return {"object": "list", "data": [model(name, created, context_tokens) for name in names]}
+    return {"object": "list", "data": [model(name, created, context_length) for name in names]}
 
 
-def model(name: str, created: int, context_tokens: int) -> dict[str, object]:
+def model(name: str, created: int, context_length: int) -> dict[str, object]:
     """``/v1/models/NAME``."""
     return {
         "id": name,
@@ -172,7 +175,7 @@ def model(name: str, created: int, context_tokens: int) -> dict[str, object]:
         "created": created,
         "owned_by": "testbed",
         "root": name,
-        "max_model_len": context_tokens,
+        "max_model_len": context_length,
     }
 
 
@@ -204,9 +207,14 @@ def _extension(usage: Usage, cached_details: bool) -> dict[str, object]:
     return {"sglext": {"cached_tokens_details": details}} if cached_details else {}
 
 
+def _ids(choice: Choice) -> dict[str, object]:
+    """vLLM's ``token_ids``, where they are wanted."""
+    return {} if choice.token_ids is None else {"token_ids": list(choice.token_ids)}
+
+
 def _text_choice(choice: Choice) -> dict[str, object]:
     logprobs = None if choice.logprobs is None else _completion_logprobs(choice.logprobs, choice.text_offset)
-    return {"text": choice.text, "index": choice.index, "logprobs": logprobs, **_end(choice)}
+    return {"text": choice.text, "index": choice.index, "logprobs": logprobs, **_end(choice), **_ids(choice)}
 
 
 def _message_choice(head: Head, choice: Choice) -> dict[str, object]:
@@ -215,7 +223,7 @@ def _message_choice(head: Head, choice: Choice) -> dict[str, object]:
         message["content"] = choice.text or None
         message["tool_calls"] = _calls(head, choice)
     made = {"index": choice.index, "message": message, "logprobs": _chat_logprobs(choice)}
-    return {**made, **_end(choice, bool(choice.calls))}
+    return {**made, **_end(choice, bool(choice.calls)), **_ids(choice)}
 
 
 def _calls(head: Head, choice: Choice) -> list[dict[str, object]]:

@@ -189,6 +189,8 @@ TOO_MUCH = [
     Attack("20,000 elements", (post(json.dumps({"prompt": ["a"] * 15_000}).encode()),), (400,)),
     Attack("20,000 fields", (post(json.dumps({str(n): 0 for n in range(8_000)}).encode()),), (400,)),
 ]
+UNWANTED = post(GOOD, "").replace(USER_KEY.encode(), b"wrong").removesuffix(GOOD)
+"""The head of a request whose reply does not wait for its body."""
 SLOW = [
     Attack("a slow head", (*_drip(get(), 60),), (408, CLOSED)),
     Attack("a slow body", (post(GOOD)[: -len(GOOD)], *_drip(GOOD, 60)), (408, CLOSED)),
@@ -197,6 +199,10 @@ SLOW = [
     Attack("chunks without end", (chunked(_chunk(b" ")),), (408, CLOSED)),
     Attack("half a head", (get()[:20],), (408, CLOSED)),
     Attack("half a head, half-closed", (get()[:20], HalfClose()), (400, 408, CLOSED)),
+    Attack("a slow body that nobody wants", (UNWANTED, Pause(), *_drip(GOOD, 60)), (401, CLOSED)),
+    Attack("half a body that nobody wants", (UNWANTED, Pause(), GOOD[:9]), (401,)),
+    Attack("a body that nobody wants", (UNWANTED, Pause(), GOOD), (401,)),
+    Attack("ends of lines behind a reply", (get(more=""), Pause(), *_drip(b"\r\n" * 30, 60)), (200, CLOSED)),
     Attack("a body longer than said", (post(GOOD + b"GARBAGE\r\n\r\n", "", length=len(GOOD)),), (200, *REFUSED), 2),
     Attack("it does not read", (post(LONG, address=GENERATE), Pause(0.5)), (200,), deaf=True),
     Attack("it does not read and leaves", (post(LONG, address=GENERATE), Pause(0.3), Leave(True)), deaf=True),

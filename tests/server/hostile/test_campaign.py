@@ -31,7 +31,8 @@ def test_hostile_clients_harm_nobody_and_leave_nothing(modelled: Serving) -> Non
     assert tally.sent == 2 * len(known) and tally.statuses[400] > 500 and tally.statuses[200] > 50
     assert others.wrong == [] and others.served > 10
     assert left_behind(modelled, WORKERS, before) == []
-    grown = {part: size - memory[part] for part, size in resident_bytes(modelled).items()}
+    now = resident_bytes(modelled)  # a second compiler of grammars may have been started since
+    grown = {part: now[part] - size for part, size in memory.items()}
     assert max(grown.values()) < LIMIT_BYTES, grown
     assert modelled.errors == ""
 

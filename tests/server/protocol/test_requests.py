@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 from testbed.messages import AbortRequest, GrammarSpec, TextOptions
 from testbed.sampling import SamplingParams
 from testbed.server.protocol.errors import ApiError
-from testbed.server.protocol.generation import Served, check_prompt
+from testbed.server.protocol.generation import Call, Served, check_prompts
+from testbed.server.protocol.limits import Limits
 from testbed.server.protocol.native import parse_abort
 from testbed.server.protocol.tools import ToolUse
 from tests.server.protocol.bodies import SERVED, WEATHER, call, one, refusal
@@ -81,6 +83,7 @@ def test_every_sampling_field_arrives(kind: str) -> None:
         stream=True,
         stream_options={"include_usage": True, "continuous_usage_stats": True},
         return_cached_tokens_details=True,
+        return_token_ids=True,
         model="alias",
         rid="mine",
         user="me",
@@ -92,7 +95,7 @@ def test_every_sampling_field_arrives(kind: str) -> None:
     assert generation.text == TextOptions(("x", "yy"), True, False, False)
     assert (generation.max_new_tokens, generation.n, generation.ignore_eos) == (9, 3, True)
     assert generation.priority == -3 and generation.extra_key == "s\nk"
-    assert made.stream and made.include_usage and made.continuous_usage and made.cached_details
+    assert made.stream and made.include_usage and made.continuous_usage and made.cached_details and made.token_ids
     assert made.model == "alias" and made.rids == ("mine",)
 
 
@@ -258,16 +261,66 @@ def test_a_model_without_template_cannot_chat() -> None:
     assert call("completion", served=served).model == "m"
 
 
+def check(made: Call, *tokens: int, served: Served = SERVED) -> None:
+    """With prompts of so many tokens."""
+    check_prompts([np.zeros(size, np.int32) for size in tokens], made, served)
+
+
 def test_a_tokenised_prompt_must_fit() -> None:
-    generation = one("completion", max_tokens=100)
-    check_prompt(8092, generation, SERVED)
+    check(call("completion", max_tokens=100), 8092)
     with pytest.raises(ApiError) as raised:
-        check_prompt(8093, generation, SERVED)
+        check(call("completion", max_tokens=100), 8093)
     assert raised.value.code == "context_length_exceeded" and "8192" in raised.value.message
-    check_prompt(8191, one("chat"), SERVED)
-    for tokens in (0, 8192):
-        with pytest.raises(ApiError):
-            check_prompt(tokens, one("chat"), SERVED)
+    check(call("chat"), 8191)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "param"),
+    [
+        ("completion", {}, "prompt"),
+        ("chat", {}, "messages"),
+        ("generate", {}, "text"),
+        ("generate", {"text": None, "input_ids": [1]}, "input_ids"),
+    ],
+)
+def test_errors_of_a_prompt_name_the_field_that_it_came_in(kind: str, fields: dict[str, Any], param: str) -> None:
+    made = call(kind, **fields)
+    for prompt in (np.zeros(0, np.int32), np.zeros(8192, np.int32), np.array([1, 4096, 2], np.int32)):
+        with pytest.raises(ApiError) as raised:
+            check_prompts([prompt], made, SERVED)
+        assert raised.value.param == param
+    check_prompts([np.array([4095], np.int32)], made, SERVED)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "prompts", "values", "param"),
+    [
+        ("completion", {"logprobs": 0, "max_tokens": 5}, (10,), 5, "logprobs"),
+        ("completion", {"logprobs": 3, "max_tokens": 5, "n": 2}, (10,), 40, "logprobs"),
+        ("completion", {"logprobs": 3, "max_tokens": 5, "n": 2, "echo": True}, (10,), 60, "logprobs"),
+        ("completion", {"logprobs": 1, "max_tokens": 5, "prompt": ["a", "b"]}, (10, 20), 20, "logprobs"),
+        ("chat", {"logprobs": True, "top_logprobs": 2}, (8182,), 30, "logprobs"),
+        ("generate", {"return_logprob": True, "logprob_start_len": 4}, (10,), 134, "return_logprob"),
+        ("generate", {"return_logprob": True, "sampling_params": {"max_new_tokens": 1}}, (10,), 1, "return_logprob"),
+    ],
+)
+def test_log_probabilities_are_counted_before_anything_is_made_of_them(
+    kind: str, fields: dict[str, Any], prompts: tuple[int, ...], values: int, param: str
+) -> None:
+    """Output tokens times 1 and those beside them, of all choices, and the prompt's behind its beginning."""
+    made = call(kind, **fields)
+    check(made, *prompts, served=replace(SERVED, limits=Limits(logprob_values=values)))
+    if values > 1:
+        with pytest.raises(ApiError) as raised:
+            check(made, *prompts, served=replace(SERVED, limits=Limits(logprob_values=values - 1)))
+        assert raised.value.param == param and str(values) in raised.value.message
+    check(call(kind), *prompts[:1], served=replace(SERVED, limits=Limits(logprob_values=1)))
+
+
+def test_no_output_counts_as_none() -> None:
+    """Prompts that are only to be read into the cache are not taken for as many long answers."""
+    served = replace(SERVED, context_tokens=2**20)
+    assert len(call("generate", served=served, text=["a"] * 2000, sampling_params={"max_new_tokens": 0}).generations)
 
 
 SGLANG_OAI = {

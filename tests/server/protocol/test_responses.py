@@ -17,6 +17,7 @@ from testbed.server.protocol.errors import ApiError
 from testbed.server.protocol.metrics import ServerMetrics
 from testbed.server.protocol.responses import Choice, Head, TokenLogprob, TopToken, Usage
 from testbed.server.protocol.tools import ToolCall
+from testbed.study.bench.wire import decode_event
 
 HEAD = Head("cmpl-1a", 1_700_000_000, "tiny")
 CHAT = Head("chatcmpl-1a", 1_700_000_000, "tiny")
@@ -158,6 +159,22 @@ def test_the_stream_of_a_chat() -> None:
     assert chunks[1]["choices"][0]["logprobs"]["content"][0]["token"] == " b"
 
 
+def test_token_ids_are_told_where_they_are_wanted() -> None:
+    """vLLM's ``token_ids``, which ``testbed bench`` reads too."""
+    told = Choice(0, "a", "stop", token_ids=[7, 8])
+    replies = (
+        plain(responses.completion(HEAD, [told], USAGE)),
+        plain(responses.chat(CHAT, [told], USAGE)),
+        read(responses.completion_event(HEAD, told)),
+        read(responses.chat_event(CHAT, told)),
+    )
+    assert all(reply["choices"][0]["token_ids"] == [7, 8] for reply in replies)
+    assert all(reply["choices"][0]["finish_reason"] == "stop" for reply in replies)
+    event = decode_event(responses.completion_event(HEAD, told)[6:])
+    assert event.choices[0].token_ids == [7, 8]
+    assert "token_ids" not in read(responses.chat_event(CHAT, Choice(0, "a")))["choices"][0]
+
+
 def test_tool_calls_whole_and_streamed() -> None:
     reply = plain(responses.chat(CHAT, [Choice(2, "", "stop", calls=CALLS)], USAGE))
     choice = ChatCompletion.model_validate(reply).choices[0]
@@ -246,7 +263,7 @@ def test_metrics_have_sglangs_names() -> None:
     metrics.ended("length", 10, 4, 5, 0.06, 0.01)
     metrics.ended("abort", 2, 0, 0, 0.5, None, grammar=True)
     metrics.state(STATE)
-    page, kind = metrics.page()
+    page = metrics.page()
     found, gaps = {}, {}
     for family in text_string_to_metric_families(page.decode()):
         for sample in family.samples:
@@ -255,7 +272,6 @@ def test_metrics_have_sglangs_names() -> None:
                 gaps[float(sample.labels["le"])] = sample.value
             if "le" not in sample.labels and not sample.name.endswith("_created"):
                 found[sample.name.removeprefix("sglang:")] = sample.value
-    assert kind.startswith("text/plain")
     assert (gaps[0.0075], gaps[0.01], gaps[0.015], gaps[math.inf]) == (0, 4, 4, 4)
     assert found == pytest.approx(
         {
