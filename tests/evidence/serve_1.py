@@ -22,6 +22,7 @@ import numpy as np
 from testbed.metrics.run import Run
 from testbed.server.options import OWN_TOKENIZER
 from tests.evidence.evidence import Evidence
+from tests.server import page
 from tests.server.clients.tools import TOOLS, Load, Reported, Tool
 from tests.server.serving import serving
 
@@ -99,11 +100,12 @@ def run_tool(tool: Tool, smoke: bool, folder: Path) -> tuple[bool, str, list[str
 
 def check(smoke: bool) -> Evidence:
     """The package, then the tools, one after the other."""
+    load = page.busy()
     with tempfile.TemporaryDirectory(prefix="testbed-evidence-") as name:
         count, names, failed = openai_checks(Path(name))
         results = [run_tool(tool, smoke, Path(name) / str(place)) for place, tool in enumerate(TOOLS)]
     package = f"openai {version('openai')}"
-    return Evidence(
+    evidence = Evidence(
         figure="; ".join([f"{package}: {count - len(failed)} of {count} checks", *(short for _, short, _ in results)]),
         bar="every check; every request of every tool to its end; "
         + ("times are not judged at smoke size" if smoke else f"medians off by at most {NEAR_SHARE:.0%} or 3 ms"),
@@ -114,3 +116,4 @@ def check(smoke: bool) -> Evidence:
             *(f"{package}: {one.removeprefix('test_').replace('_', ' ')}" for one in names),
         ),
     )
+    return evidence if smoke else page.keep("serve.1", evidence, seed="1 of each tool, 0 of the server", load=load)

@@ -16,6 +16,7 @@ from tokenizers.decoders import DecodeStream
 from testbed.messages import TextOptions
 from testbed.server.detokenize import CHARACTER_BYTES, TextStream, decode_all
 from tests.evidence.evidence import Evidence
+from tests.server import page
 from tests.server.cases import Case, Reference
 from tests.server.kinds import KINDS
 
@@ -82,11 +83,12 @@ def every_code_point(smoke: bool) -> tuple[int, int]:
 
 def check(smoke: bool) -> Evidence:
     """All kinds, then all code points."""
+    load = page.busy()
     wanted, counts = (500 if smoke else 10_000), Counts()
     differ = [one for kind in KINDS for one in compare(kind, wanted // len(KINDS) + 1, counts)]
     counts.unequal = len(differ)
     points, unequal = every_code_point(smoke)
-    return Evidence(
+    evidence = Evidence(
         figure=f"{counts.unequal} of {counts.sequences:,} sequences and {unequal} of {points:,} code points differ; "
         f"{counts.stopped:,} ended by a stop string, {counts.broken:,} with broken characters",
         bar=f"streamed = in one = transformers' decode for all of at least {wanted:,} sequences",
@@ -98,3 +100,5 @@ def check(smoke: bool) -> Evidence:
             *differ[:20],
         ),
     )
+    seed = f"{SEED} and the name of each tokenizer"
+    return evidence if smoke else page.keep("serve.2", evidence, seed=seed, load=load)

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.evidence.evidence import Evidence
+from tests.server import page
 from tests.server.overhead import Overhead, overhead, two_cores
 
 P50_MS, P99_MS = 2.0, 8.0
@@ -29,6 +30,7 @@ P50_MS, P99_MS = 2.0, 8.0
 
 def check(smoke: bool) -> Evidence:
     """Pairs of runs; the median of their overheads."""
+    load = page.busy()
     loads = [os.getloadavg()[0]]
     pairs = []
     with two_cores():
@@ -39,7 +41,7 @@ def check(smoke: bool) -> Evidence:
     p50_ms, p99_ms = median(pair.at(50) for pair in pairs), median(pair.at(99) for pair in pairs)
     bar = f"p50 at most {P50_MS:g} ms, p99 at most {P99_MS:g} ms"
     is_real_time = os.sched_getscheduler(0) != os.SCHED_OTHER
-    return Evidence(
+    evidence = Evidence(
         figure=f"p50 {p50_ms:.2f} ms, p99 {p99_ms:.2f} ms on {cores} cores",
         bar=f"every reply as asked for; times are not judged at smoke size ({bar})" if smoke else bar,
         passed=smoke or (cores == 2 and p50_ms <= P50_MS and p99_ms <= P99_MS),
@@ -49,6 +51,7 @@ def check(smoke: bool) -> Evidence:
             + ("real-time" if is_real_time else "ordinary"),
         ),
     )
+    return evidence if smoke else page.keep("serve.5", evidence, seed="0, 1, 2: one a pair", load=load)
 
 
 def _lines(number: int, pair: Overhead) -> list[str]:
