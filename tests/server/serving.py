@@ -154,7 +154,7 @@ class Serving:
         return int(float(line))
 
     def comes_to_rest(self) -> dict[str, Any]:
-        """Wait until nothing waits or runs and every page is free or cached; a batch in flight holds what is neither."""
+        """Wait until nothing waits or runs and every page is free or cached; a batch in flight holds others."""
         until = time.monotonic() + PATIENCE_S
         while not at_rest(state := self.state()):
             assert time.monotonic() < until, state
