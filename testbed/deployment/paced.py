@@ -42,8 +42,8 @@ class PacedDeployment:
     def _runtime(
         self, engine: Engine, mailbox: Mailbox, clock: WallClock, inject: HostProfile | None, stages: int
     ) -> WallRuntime:
-        draws = engine.place.stage == stages - 1
-        device = PacedDevice(clock, engine.cost_model, engine.oracle if draws else None)
+        oracle = engine.oracle if engine.place.stage == stages - 1 else None
+        device = PacedDevice(clock, engine.cost_model, oracle, activation_ns=engine.cost_model.activation_ns)
         runtime = WallRuntime(clock=clock, device=device, recorder=engine.recorder, clients=mailbox, inject=inject)
         runtime.reports = reports_of(engine, self._router, clock.now_ns)
         return runtime

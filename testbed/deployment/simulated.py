@@ -46,6 +46,7 @@ class Simulation:
             host=engine.host,
             recorder=engine.recorder,
             oracle=engine.oracle if engine.place.stage == stages - 1 else None,
+            activation_ns=engine.cost_model.activation_ns,
         )
         runtime.reports = reports_of(engine, self._router, lambda: runtime.local_ns)
         return runtime
