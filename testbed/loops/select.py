@@ -8,12 +8,22 @@ from typing import Any, Literal
 from testbed.loops.base import LoopContext
 from testbed.loops.normal import event_loop_normal
 from testbed.loops.overlap import event_loop_overlap
+from testbed.loops.overlap_suspended import event_loop_overlap_suspended
+from testbed.loops.overlap_thread import event_loop_overlap_thread
+from testbed.loops.pipeline import event_loop_pipeline, event_loop_pipeline_async
 from testbed.scenario.errors import InputError
 
 EventLoop = Callable[[LoopContext], Coroutine[Any, Any, None]]
 Role = Literal["null", "prefill", "decode"]
 
-LOOPS: dict[str, EventLoop] = {"normal": event_loop_normal, "overlap": event_loop_overlap}
+LOOPS: dict[str, EventLoop] = {
+    "normal": event_loop_normal,
+    "overlap": event_loop_overlap,
+    "overlap_thread": event_loop_overlap_thread,
+    "overlap_suspended": event_loop_overlap_suspended,
+    "pipeline": event_loop_pipeline,
+    "pipeline_async": event_loop_pipeline_async,
+}
 
 
 def select_loop(role: Role, pp_size: int, overlap: bool) -> str:
@@ -36,9 +46,11 @@ def find_loop(name: str, pp_size: int = 1, role: Role = "null") -> tuple[str, Ev
     ``auto`` is overlap where nothing forbids it. Raises InputError for a loop that this version does not have.
     """
     resolved = select_loop(role, pp_size, overlap=True) if name == "auto" else name
-    if resolved == "overlap" and pp_size > 1:
+    if name != "auto" and role != "null":
+        resolved = f"{name}_{role}"
+    if resolved.startswith("overlap") and pp_size > 1:
         raise InputError(
-            "the overlap loop does not work with pipeline parallelism",
+            f"the {resolved} loop does not work with pipeline parallelism",
             where="engine.loop",
             remedy="choose loop: auto, or parallel: {pp: 1}",
         )

@@ -6,6 +6,9 @@ import pytest
 
 from testbed.loops.normal import event_loop_normal
 from testbed.loops.overlap import event_loop_overlap
+from testbed.loops.overlap_suspended import event_loop_overlap_suspended
+from testbed.loops.overlap_thread import event_loop_overlap_thread
+from testbed.loops.pipeline import event_loop_pipeline
 from testbed.loops.select import find_loop, select_loop
 from testbed.scenario.errors import InputError
 
@@ -31,10 +34,15 @@ def test_selection(role: str, pp_size: int, overlap: bool, name: str) -> None:
 
 def test_the_loops_there_are() -> None:
     assert find_loop("auto") == ("overlap", event_loop_overlap)
+    assert find_loop("auto", pp_size=2) == ("pipeline", event_loop_pipeline)
     assert find_loop("normal") == ("normal", event_loop_normal)
+    assert find_loop("overlap_thread") == ("overlap_thread", event_loop_overlap_thread)
+    assert find_loop("overlap_suspended") == ("overlap_suspended", event_loop_overlap_suspended)
 
 
-@pytest.mark.parametrize(("name", "pp_size"), [("pipeline", 1), ("auto", 2), ("disaggregated", 1), ("overlap", 2)])
+@pytest.mark.parametrize(
+    ("name", "pp_size"), [("disaggregated", 1), ("overlap", 2), ("overlap_thread", 2), ("overlap_suspended", 2)]
+)
 def test_a_loop_that_cannot_run_is_refused(name: str, pp_size: int) -> None:
     with pytest.raises(InputError) as caught:
         find_loop(name, pp_size)
