@@ -61,7 +61,10 @@ class EngineConfig(Model):
     """The engine: loop, batching, policy, limits, memory."""
 
     preset: Literal["none", "sglang-0.5.1", "vllm-v1"] = "none"
-    loop: Literal["auto", "normal", "overlap", "pipeline", "disaggregated"] | PluginPath = "auto"
+    loop: (
+        Literal["auto", "normal", "overlap", "overlap_thread", "overlap_suspended", "pipeline", "disaggregated"]
+        | PluginPath
+    ) = "auto"
     batching: Literal["prefill_first", "mixed_chunk", "stall_free", "static"] | PluginPath = "prefill_first"
     policy: Literal["fcfs", "lpm", "dfs_weight", "lof", "random"] | PluginPath = "fcfs"
     priority: bool = False
