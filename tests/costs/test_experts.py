@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from testbed.batch import BatchShape
 from testbed.costs import OperatorCostModel, device_presets, load_device
-from testbed.costs.experts import DRAWN_TOKENS, ExpertLoad, busiest_rank, choose, place, popularity
+from testbed.costs.experts import DRAWN_TOKENS, ExpertLoad, busiest_rank, choose, exchange, place, popularity
 from testbed.costs.tables import Curve
 from testbed.scenario.experts import Experts
 from testbed.scenario.models import load_model
@@ -208,6 +208,18 @@ def test_launches_are_not_shared() -> None:
     every = Curve([1.0, 4096.0], [110.0, 41060.0])
     assert busiest_rank(load(64, 6, 8), every, 100.0).at(1e9) == pytest.approx(every.at(1e9) / 8, rel=0.06)
     assert busiest_rank(load(64, 6, 8), every, 100.0).at(1) > 100
+
+
+def test_tokens_go_once_to_each_node_and_once_to_each_rank() -> None:
+    loads, device, token_bytes = load(64, 6, 8, layers=48), load_device("h100-sxm"), 4096.0
+    ranks, nodes = (groups * (1 - comb(64 - 64 // groups, 6) / comb(64, 6)) for groups in (8, 2))
+    tokens = 1 << 15
+    near = tokens * ranks / 8 * token_bytes / (0.6 * 450)
+    far = tokens * nodes / 2 * token_bytes / 2 / 4 / (0.6 * 50)  # from the other node, a quarter by each device
+    one_node = exchange(loads, device, 1, token_bytes, [1, tokens]).at(tokens)
+    two_nodes = exchange(loads, device, 2, token_bytes, [1, tokens]).at(tokens)
+    assert one_node == pytest.approx(near * 7 / 8 + 10_000, rel=0.02)  # an eighth is there already
+    assert two_nodes == pytest.approx(near * 3 / 4 + far + 10_000, rel=0.02)
 
 
 @cache
