@@ -32,6 +32,7 @@ _PATH_FIELDS: tuple[FieldPath, ...] = (
     ("engine", "loop"),
     ("engine", "batching"),
     ("engine", "policy"),
+    ("routing", "policy"),
 )
 _WORKLOAD_PATH_FIELDS = ("trace", "file")
 

@@ -57,8 +57,8 @@ def snippets() -> list[str]:
     [
         (0, "DecodeUntilQueued", "engine.batching"),
         (1, "shortest_prompt_first", "engine.policy"),
-        (2, "normal", "engine.loop"),
-        (3, "PerToken", "cost_model"),
+        (3, "normal", "engine.loop"),
+        (4, "PerToken", "cost_model"),
     ],
 )
 def test_what_the_guide_shows_runs(snippet: int, name: str, field: str, tmp_path: Path) -> None:

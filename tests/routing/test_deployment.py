@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -196,6 +198,23 @@ def test_on_the_wall_clock() -> None:
     run = execute(scenario(dp=2, count=12, policy="shortest_queue"), paced=True)
     assert outcome(run) == outcome(simulate(scenario(dp=1, count=12)))
     assert len(np.unique(run.records.requests["replica"])) == 2
+
+
+def test_the_policy_of_the_guide(tmp_path: Path, log: Log) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
+    (snippet,) = [part for part in re.findall(r"```python\n(.+?)```", guide, re.DOTALL) if "replicas" in part]
+    (tmp_path / "guide.py").write_text(snippet, encoding="utf-8")
+    run = simulate(scenario(policy=f"{tmp_path / 'guide.py'}:FewestTokensOfTheShortest"))
+    assert outcome(run) == outcome(simulate(scenario(dp=1)))
+    assert log.sent, "a policy of one's own has reports"
+
+
+def test_a_policy_that_fails_names_its_line(tmp_path: Path) -> None:
+    text = "class Own:\n    def choose(self, request, replicas):\n        return 1 // (len(replicas) - 3)\n"
+    (tmp_path / "own.py").write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match="ZeroDivisionError") as refused:
+        simulate(scenario(policy=f"{tmp_path / 'own.py'}:Own"))
+    assert "own.py:3" in refused.value.where
 
 
 def test_arrivals_tied_to_iterations_are_refused() -> None:

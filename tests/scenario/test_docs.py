@@ -6,13 +6,16 @@ import pytest
 
 from testbed.scenario.experts import Experts
 from testbed.scenario.load import load_scenario
+from testbed.scenario.routing import Routing
 from testbed.scenario.schema import ConstantDevice, EngineConfig, Measure, Parallel, Rules, Scenario, Slo
 from testbed.scenario.yaml_reader import parse_yaml
 
 PAGE = (Path(__file__).parents[2] / "docs" / "scenario.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("model", [Scenario, EngineConfig, Rules, Parallel, Measure, Slo, ConstantDevice, Experts])
+@pytest.mark.parametrize(
+    "model", [Scenario, EngineConfig, Rules, Parallel, Measure, Slo, ConstantDevice, Experts, Routing]
+)
 def test_every_field_is_documented(model: type[Scenario]) -> None:
     assert [name for name in model.model_fields if name not in PAGE] == []
 
