@@ -21,34 +21,26 @@ class Problem(NamedTuple):
 def find_problems(scenario: Scenario, written: Mapping[str, Any]) -> tuple[list[Problem], list[Problem]]:
     """Errors and warnings. ``written`` is the data as the user wrote it, completed by the engine preset."""
     engine = scenario.engine
-    of_engine = (*_unavailable(engine), *_engine_conflicts(engine), *_parallel_conflicts(engine))
+    of_engine = (*_loop_conflicts(engine), *_engine_conflicts(engine), *_parallel_conflicts(engine))
     errors = [*of_engine, *_measure_conflicts(scenario)]
     return errors, list(_without_effect(engine, written.get("engine", {})))
 
 
-def _unavailable(engine: EngineConfig) -> Iterator[Problem]:
-    """What the schema names and this version cannot run."""
-    if engine.loop in ("pipeline", "disaggregated"):
+def _loop_conflicts(engine: EngineConfig) -> Iterator[Problem]:
+    """Which loops go with how many stages (specification A.0)."""
+    stages, loop = engine.parallel.pp, engine.loop
+    if stages > 1 and loop in ("normal", "overlap", "overlap_thread", "overlap_suspended"):
         yield Problem(
             ("engine", "loop"),
-            f"the {engine.loop} loop is not available in this version",
-            "use auto, normal, overlap, or a loop of your own (package.module:name)",
+            f"a pipeline of {stages} stages has loops of its own and excludes the {loop} loop",
+            "use auto, pipeline or pipeline_async, or parallel: {pp: 1}",
         )
-    if engine.parallel.pp > 1 and engine.loop == "overlap":
+    if stages == 1 and loop in ("pipeline", "pipeline_async"):
         yield Problem(
-            ("engine", "parallel", "pp"),
-            f"a pipeline of {engine.parallel.pp} stages has a loop of its own and excludes the overlap loop",
-            "use pp: 1 with loop: overlap",
+            ("engine", "loop"),
+            f"the {loop} loop is that of a pipeline, and there is one stage",
+            "use parallel: {pp: 2} or more, or loop: auto, normal or overlap",
         )
-    elif engine.parallel.pp > 1:
-        yield _one_only("pp", engine.parallel.pp, "pipeline stages", "tp")
-    if engine.parallel.dp > 1:
-        yield _one_only("dp", engine.parallel.dp, "replicas", "tp")
-
-
-def _one_only(name: str, value: int, what: str, other: str) -> Problem:
-    message = f"{value} {what} are not available in this version"
-    return Problem(("engine", "parallel", name), message, f"use {name}: 1 (several devices: {other})")
 
 
 def _engine_conflicts(engine: EngineConfig) -> Iterator[Problem]:

@@ -9,12 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from testbed.scenario.base import Model, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from testbed.scenario.base import Model, NonNegativeFloat, NonNegativeInt, PluginPath, PositiveFloat, PositiveInt
 from testbed.scenario.experts import Experts
+from testbed.scenario.routing import Routing
 from testbed.scenario.workload import WorkloadConfig
-
-PluginPath = Annotated[str, Field(pattern=r"^[\w./-]+:\w+$", description="package.module:name | path/to/file.py:name")]
-"""``package.module:name`` or ``path/to/file.py:name``: the user's own loop, strategy, policy or cost model."""
 
 
 class Rules(Model):
@@ -62,9 +60,10 @@ class EngineConfig(Model):
 
     preset: Literal["none", "sglang-0.5.1", "vllm-v1"] = "none"
     loop: (
-        Literal["auto", "normal", "overlap", "overlap_thread", "overlap_suspended", "pipeline", "disaggregated"]
+        Literal["auto", "normal", "overlap", "overlap_thread", "overlap_suspended", "pipeline", "pipeline_async"]
         | PluginPath
     ) = "auto"
+    """The family of the loop; prefill and decode engines have a normal and an overlapped one of their own."""
     batching: Literal["prefill_first", "mixed_chunk", "stall_free", "static"] | PluginPath = "prefill_first"
     policy: Literal["fcfs", "lpm", "dfs_weight", "lof", "random"] | PluginPath = "fcfs"
     priority: bool = False
@@ -165,6 +164,7 @@ class Scenario(Model):
     """None: the operator cost model of the device profile."""
     engine: EngineConfig = EngineConfig()
     workload: WorkloadConfig
+    routing: Routing = Routing()
     measure: Measure = Measure()
     slo: Slo = Slo()
     percentiles: tuple[Annotated[float, Field(gt=0, lt=100)], ...] = (50, 90, 95, 99)

@@ -145,11 +145,12 @@ FIELDS = [
 ]
 
 CONFLICTS = [
-    edited("pipeline loop", "loop: normal", "loop: pipeline", "5:3", "not available in this version", "overlap"),
-    edited("disaggregated loop", "loop: normal", "loop: disaggregated", "5:3", "not available", "overlap"),
-    edited("pipeline with overlap", "loop: normal", "{loop: overlap, parallel: {pp: 2}}", "5:30", "engine.parallel.pp", "pp: 1", base=BASE.replace("  loop: normal\n  chunked_prefill_size: 2048\n  page_size: 1\n", "  loop: normal\n")),
-    edited("pipeline stages", "page_size: 1", "parallel: {pp: 2}", "7:14", "engine.parallel.pp", "pp: 1"),
-    edited("replicas", "page_size: 1", "parallel: {dp: 2}", "7:14", "engine.parallel.dp", "dp: 1"),
+    edited("pipeline loop without stages", "loop: normal", "loop: pipeline", "5:3", "one stage", "pp: 2"),
+    edited("loop of another name", "loop: normal", "loop: disaggregated", "5:3", "engine.loop", "pipeline_async"),
+    edited("pipeline with overlap", "loop: normal", "{loop: overlap, parallel: {pp: 2}}", "5:4", "engine.loop", "pp: 1", base=BASE.replace("  loop: normal\n  chunked_prefill_size: 2048\n  page_size: 1\n", "  loop: normal\n")),
+    edited("pipeline with the normal loop", "page_size: 1", "parallel: {pp: 2}", "5:3", "engine.loop", "pp: 1"),
+    edited("no replica", "page_size: 1", "parallel: {dp: 0}", "7:14", "engine.parallel.dp", "above 0"),
+    edited("routing that nobody knows", "slo:", "routing: {policy: fastest}\nslo:", "12:11", "routing.policy", "power_of_two"),
     edited("devices that do not divide heads", "page_size: 1", "parallel: {tp: 3}", "7:14", "engine.parallel.tp", "1, 2, 4"),
     edited("stages of another model", "page_size: 1", "parallel: {stage_layers: [31]}", "7:14", "engine.parallel.stage_layers", "sum to 32"),
     edited("copies of experts without balance", "page_size: 1", "experts: {redundant: 8}", "7:13", "engine.experts.redundant", "placement: balanced"),
