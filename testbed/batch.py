@@ -86,6 +86,8 @@ class Batch:
     output_shift = 0
     advance = 0
     retracted: Sequence[Request] = ()
+    prebuilt: Sequence[Request] = ()
+    """Rows that have not been computed here: their KV and the token that they go on with came from elsewhere."""
     rewritten: Sequence[tuple[int, int]] = ()
     """(slot, pages): rows of the page table whose first pages are others now than at their last launch."""
     evicted_tokens = 0

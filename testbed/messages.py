@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple
+from zlib import crc32
 
 import msgspec
 import numpy as np
@@ -78,6 +79,17 @@ class GrammarSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Empty for ``json_object``: any JSON object."""
 
 
+class Pair(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where one request is served in two halves (specification G)."""
+
+    room: Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+    """What both engines call the request between them; no two requests ever have the same."""
+    prefill: str
+    """The name of the engine that computes the prompt's KV."""
+    decode: str
+    """The name of the engine that it is sent to."""
+
+
 class GenerateRequest(_Incoming, frozen=True):
     """Generate up to ``max_new_tokens`` after ``prompt``. The true output length is not here: the executor knows it."""
 
@@ -103,6 +115,8 @@ class GenerateRequest(_Incoming, frozen=True):
     """The request waits until it is compiled. It says where the output ends: ``ignore_eos`` has no effect."""
     data_parallel_rank: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)] | None = None
     """The replica that it should go to, where its session was before; None: the router chooses."""
+    pair: Pair | None = None
+    """The two engines that serve it together, where prefill and decode are apart."""
 
 
 class BatchGenerateRequest(_Incoming, frozen=True):
@@ -154,6 +168,77 @@ class Timer(_Incoming, frozen=True):
     name: str
 
 
+class _BetweenEngines(_Incoming, frozen=True):
+    """What a prefill engine and a decode engine tell each other about a request. It may come late, twice or never.
+
+    ``epoch`` is the sender's, which is higher each time that engine starts; ``to_epoch`` the receiver's as the sender
+    knows it, 0 where it does not.
+    """
+
+    room: Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+    sender: str
+    epoch: int
+    to_epoch: int
+
+
+class RoomAsked(_BetweenEngines, frozen=True):
+    """Prefill to decode: make room for a prompt's KV."""
+
+    prompt_tokens: int
+    page_size: int
+    kv_bytes_per_token: int
+    """Both sides' layouts of KV must be the same."""
+
+
+class RoomReserved(_BetweenEngines, frozen=True, eq=False):
+    """Decode to prefill: there is room."""
+
+    pages: NDArray[np.int32]
+    """Pages of the decode engine, one after another: int32 [ceil(prompt tokens / page size)]."""
+
+
+class KvChunk(_BetweenEngines, frozen=True, eq=False):
+    """Prefill to decode: the KV of ``tokens`` prompt tokens from ``start`` on, in whole pages but for the prompt's end.
+
+    The last chunk brings the metadata: what a decode engine needs to go on.
+    """
+
+    index: int
+    """Number of the chunk in its room, from 0."""
+    start: int
+    tokens: int
+    source_pages: NDArray[np.int32]
+    """Where it lies: int32 [ceil(tokens / page size)]."""
+    pages: NDArray[np.int32]
+    """Where it goes: int32, as many."""
+    last: bool = False
+    token_id: int = -1
+    """The first output token."""
+    stopped: bool = False
+    """Whether that token ends the output."""
+    cached_tokens: int = 0
+    """Prompt tokens that the prefill engine found cached."""
+    spent_ns: int = 0
+    """From the reservation's arrival at the prefill engine until this KV was computed, by its own clock."""
+    checksum: int = 0
+    """See ``chunk_checksum``."""
+
+
+class KvReceived(_BetweenEngines, frozen=True):
+    """Decode to prefill: all KV of the room is here, whole and checked."""
+
+
+class RoomClosed(_BetweenEngines, frozen=True):
+    """The sender has ended its part: a prefill engine will send nothing more, a decode engine will take nothing more.
+    Whoever has the room open ends its own part and says so."""
+
+    message: str
+    status: int
+    """HTTP status of the reason."""
+    chunks: int = 0
+    """From a prefill engine: how many chunks it has sent, so that the other knows when the last has come."""
+
+
 Message = (
     GenerateRequest
     | BatchGenerateRequest
@@ -164,6 +249,11 @@ Message = (
     | SetInternalState
     | SlowDown
     | Timer
+    | RoomAsked
+    | RoomReserved
+    | KvChunk
+    | KvReceived
+    | RoomClosed
 )
 
 
@@ -210,6 +300,11 @@ def decode_message(data: bytes) -> Message:
     except RecursionError as error:
         raise ValueError("a message is nested without end") from error
     return decoded
+
+
+def chunk_checksum(chunk: KvChunk) -> int:
+    """CRC-32 of all that ``chunk`` says but the checksum itself. (That of the KV is the transport's.)"""
+    return crc32(_encoder.encode(msgspec.structs.replace(chunk, checksum=0)))
 
 
 class Logprobs:

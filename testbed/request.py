@@ -71,12 +71,14 @@ class Request:
         "retracted_ns",
         "retractions",
         "rid",
+        "room",
         "sampled",
         "sampling",
         "segments",
         "slot",
         "status",
         "top_logprobs",
+        "transfer_ns",
     )
 
     def __init__(self, source: GenerateRequest, rank: int, fill_ids: NDArray[np.int32], max_new_tokens: int) -> None:
@@ -97,6 +99,8 @@ class Request:
         if source.return_logprob:
             self.logprobs = Logprobs(source.logprob_start, self.prompt_tokens)
 
+        self.room = NEVER
+        """What it is called between the two engines of a pair."""
         self.slot = NEVER
         self.prefix_tokens = 0
         """Leading tokens whose pages belong to the prefix tree (locked through ``last_node``)."""
@@ -131,6 +135,8 @@ class Request:
         self.retracted_ns = 0
         self.retracted_before_first_ns = 0
         self.retractions = 0
+        self.transfer_ns = 0
+        """On the way from its prefill engine, before its first token."""
         self.cached_tokens = NEVER
         self.segments: list[tuple[int, int]] = []
         """Token times as (first advance, count) of a running batch's list of advance times; (-1 - ns, 1) for a

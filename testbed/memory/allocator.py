@@ -33,6 +33,7 @@ class PageAllocator:
             raise InputError(message, where="engine.kv_tokens", remedy="lower it, or raise engine.page_size")
         self._stack: Pages = np.empty(self.num_pages, dtype=np.int32)
         self._quarantine: deque[tuple[int, Pages]] = deque()
+        self._aside: dict[int, Pages] = {}
         self.clear()
 
     def clear(self) -> None:
@@ -41,6 +42,7 @@ class PageAllocator:
         self.free_pages = self.num_pages
         self.quarantined_pages = 0
         self._quarantine.clear()
+        self._aside.clear()
 
     @property
     def available_tokens(self) -> int:
@@ -80,10 +82,23 @@ class PageAllocator:
             self.quarantined_pages -= len(pages)
             self.free(pages)
 
+    def set_aside(self, key: int, pages: Pages) -> None:
+        """Return pages that somebody beyond the device may still write to; ``key`` names them until
+        ``take_back(key)``."""
+        self._aside[key] = pages
+        self.quarantined_pages += len(pages)
+
+    def take_back(self, key: int) -> None:
+        """Nobody writes to these pages any more: they are free."""
+        pages = self._aside.pop(key)
+        self.quarantined_pages -= len(pages)
+        self.free(pages)
+
     def free_list(self) -> Pages:
         """The free pages, for checks: int32 [free_pages]."""
         return self._stack[: self.free_pages]
 
     def quarantine_list(self) -> Pages:
         """The quarantined pages, for checks."""
-        return np.concatenate([pages for _, pages in self._quarantine]) if self._quarantine else np.empty(0, np.int32)
+        parts = [*(pages for _, pages in self._quarantine), *self._aside.values()]
+        return np.concatenate(parts) if parts else np.empty(0, np.int32)

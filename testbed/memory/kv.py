@@ -129,6 +129,13 @@ class KvMemory:
         self._free(row[request.prefix_tokens // self.page_size : -(-allocated_tokens // self.page_size)])
         self._close(request)
 
+    def set_aside(self, request: Request, key: int) -> None:
+        """The request gives up KV that another engine may still write to: see ``PageAllocator.set_aside``."""
+        pages = self.slots.pages[request.slot, : -(-request.kv_tokens // self.page_size)].copy()
+        self.allocator.set_aside(key, pages)
+        self.owned_pages -= len(pages)
+        self._close(request)
+
     def _free(self, pages: NDArray[np.int32]) -> None:
         if len(pages):
             self.allocator.free(pages)

@@ -129,10 +129,10 @@ class Recorder:
             outputs,
             request.max_new_tokens,
             request.retractions,
-            first - scheduled - early,
+            first - scheduled - early - request.transfer_ns,
             sent_ns - first - (request.retracted_ns - early),
             request.retracted_ns,
-            0,
+            request.transfer_ns,
         )
         self._ended[request.rid] = _Ended(figures, str(request.finish_reason), tuple(request.segments))
 

@@ -84,6 +84,8 @@ class Oracle:
         sequence: output number n - prompt_tokens.
         """
         self._rows = batch.decodes
+        for request in batch.prebuilt:
+            self._keys[request.slot] = self._shifted_key(request)
         self._states = self._keys[batch.slots] + batch.start.astype(np.uint64) * np.uint64(STEP)
         self._next_end = FAR
         stop_at = self.stop_at
@@ -93,14 +95,17 @@ class Oracle:
         self._ends = np.array(ends, dtype=np.int64)
         self._next_end = int(self._ends.min())
 
+    def _shifted_key(self, request: Request) -> int:
+        """A slot's key: shifted, so that a token depends on its place in the sequence."""
+        return (self._key_of(request.rid) - STEP * request.prompt_tokens) % 2**64
+
     def _prefill_states(self, batch: Batch) -> NDArray[np.uint64]:
-        """States of the first tokens. A slot's key is shifted, so that a token depends on its place in the sequence."""
+        """States of the first tokens."""
         states = np.zeros(len(batch.prefills), dtype=np.uint64)
         for row, (request, prefix, new, last) in enumerate(batch.prefills):
             if not last:
                 continue
-            key = (self._key_of(request.rid) - STEP * request.prompt_tokens) % 2**64
-            self._keys[request.slot] = key
+            self._keys[request.slot] = key = self._shifted_key(request)
             states[row] = (key + STEP * (prefix + new)) % 2**64
         return states
 

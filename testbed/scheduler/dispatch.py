@@ -14,8 +14,13 @@ from testbed.messages import (
     GenerateRequest,
     GetInternalState,
     GrammarReady,
+    KvChunk,
+    KvReceived,
     Message,
     RequestOutput,
+    RoomAsked,
+    RoomClosed,
+    RoomReserved,
     SetInternalState,
     SlowDown,
     Timer,
@@ -103,6 +108,14 @@ def slow_down(scheduler: Scheduler, message: SlowDown) -> Outputs:
     return [ControlOutput(message, True)]
 
 
+def between_engines(scheduler: Scheduler, message: Message) -> Outputs:
+    """For the half of a pair; no other engine has anything to do with rooms."""
+    if scheduler.side is None:
+        return [ControlOutput(message, False, "this engine is no half of a pair")]
+    scheduler.side.handle(message)
+    return []
+
+
 def timer(scheduler: Scheduler, message: Timer) -> Outputs:
     """A timer only wakes the loop."""
     return []
@@ -118,4 +131,9 @@ HANDLERS: dict[type, Callable[[Scheduler, Any], Outputs]] = {
     SetInternalState: set_internal_state,
     SlowDown: slow_down,
     Timer: timer,
+    RoomAsked: between_engines,
+    RoomReserved: between_engines,
+    KvChunk: between_engines,
+    KvReceived: between_engines,
+    RoomClosed: between_engines,
 }

@@ -139,15 +139,20 @@ class Invariants:
         self._running_rows()
         waiting = {request.rank for request in scheduler.waiting}
         self._require(len(waiting) == len(scheduler.waiting), "full", "a request waits twice")
-        everybody = [*(r.rank for r in holders), *waiting, *scheduler.grammar_queue.compiling]
+        side = scheduler.side
+        unplaced = side.unplaced() if side is not None else scheduler.grammar_queue.compiling
+        everybody = [*(r.rank for r in holders), *waiting, *unplaced]
         self._require(sorted(everybody) == sorted(r.rank for r in scheduler.requests.values()), "full", "request lost")
         self._require(all(r.slot == NEVER for r in scheduler.waiting), "full", "a waiting request holds a slot")
         asked = sum(request.grammar is not None for request in scheduler.requests.values())
         self._require(asked == scheduler.grammar_queue.open, "full", "requests with a grammar miscounted")
         steps = [one.last_batch for one in scheduler.micro_batches if one.last_batch is not None]
         joining = {prefill.request.rank for step in steps for prefill in step.prefills}
-        somewhere = all(r.in_running or r is scheduler.chunked or r.rank in joining for r in holders)
+        lost = [r for r in holders if not (r.in_running or r is scheduler.chunked or r.rank in joining)]
+        somewhere = not lost or (side is not None and all(map(side.holds, lost)))
         self._require(somewhere, "full", "a request holds KV and is in no batch")
+        if side is not None:
+            self._require(not side.problem(), "rooms", side.problem())
 
     def _running_rows(self) -> None:
         """Every request runs in one micro-batch at most; the columns say of each row what the request says."""

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from testbed.batch import Batch
-from testbed.request import Request
+from testbed.request import FinishReason, Request
+from testbed.scheduler.disaggregation.rooms import Ending
 
 if TYPE_CHECKING:
     from testbed.scheduler.scheduler import Scheduler
@@ -18,7 +19,8 @@ RETRACT_DECODE_STEPS = 20
 
 def retract_decode(scheduler: Scheduler, batch: Batch) -> None:
     """Retract until the next step fits. ``batch.retracted`` gets the victims, in order; they wait again, their outputs
-    kept as part of what is to be prefilled. The ratio becomes what the survivors have generated so far suggests."""
+    kept as part of what is to be prefilled (in a decode engine: with their KV on the host). The ratio becomes what the
+    survivors have generated so far suggests."""
     running, rules = scheduler.running, scheduler.rules
     rows = _order(scheduler)
     opening = np.zeros(len(running), dtype=np.int64)
@@ -85,18 +87,17 @@ def _retract(scheduler: Scheduler, request: Request) -> None:
     memory = scheduler.memory
     known = scheduler.outputs_known(request)
     fresh = known - request.old_outputs
-    if fresh:
-        outputs = memory.slots.outputs[request.slot, :fresh]
-        if fresh > 1:
-            request.segments.append((request.joined, fresh - 1))
-        tokens = np.concatenate((request.fill_ids, outputs))
-    else:
-        tokens = request.fill_ids
+    outputs = memory.slots.outputs[request.slot, :fresh].copy()
+    if fresh > 1:
+        request.segments.append((request.joined, fresh - 1))
     scheduler.count_extra_rows([request])
     memory.drop(request, scheduler.allocated_tokens(request))
-    request.fill_ids = tokens
-    request.old_outputs = known
-    request.sampled = False
+    if scheduler.decode_side is not None:
+        scheduler.decode_side.save(request, outputs)
+    else:
+        request.fill_ids = np.concatenate((request.fill_ids, outputs)) if fresh else request.fill_ids
+        request.old_outputs = known
+        request.sampled = False
     request.in_running = False
     request.retractions += 1
     if request.retracted_at_ns < 0:
@@ -106,12 +107,14 @@ def _retract(scheduler: Scheduler, request: Request) -> None:
 def _give_up(scheduler: Scheduler, request: Request) -> None:
     """The last running request does not fit into the whole pool: end it with a reason instead of stopping the
     engine."""
-    scheduler.fail(request, "the KV pool does not hold this request", 500)
+    scheduler.end(request, Ending(FinishReason.ERROR, "the KV pool does not hold this request", 500))
     scheduler.running.filter_finished()
 
 
 def _wait_again(scheduler: Scheduler, victims: list[Request]) -> None:
     """Back to the queue: to the end as SGLang, or to the place of their arrival."""
+    if scheduler.decode_side is not None:
+        return  # they wait there
     waiting = scheduler.waiting
     if scheduler.config.retract_to == "back":
         waiting.extend(victims)

@@ -23,6 +23,9 @@ from testbed.scenario.schema import EngineConfig
 from testbed.scheduler.admission import PrefillAdder, Verdict
 from testbed.scheduler.batching import STRATEGIES, BatchingStrategy
 from testbed.scheduler.decisions import DecisionLog
+from testbed.scheduler.disaggregation import DecodeSide, Ending, PrefillSide, Side, Terms
+from testbed.scheduler.disaggregation.decode import preallocated_slots
+from testbed.scheduler.disaggregation.rooms import wrong_half
 from testbed.scheduler.dispatch import dispatch
 from testbed.scheduler.grammar_queue import GrammarQueue
 from testbed.scheduler.invariants import Invariants
@@ -53,15 +56,16 @@ class Scheduler:
         strategy: BatchingStrategy | None = None,
         recorder: Recorder | None = None,
         checks: Checks = "delta",
+        terms: Terms | None = None,
     ) -> None:
         """``policy`` and ``strategy`` replace the config's names by the user's own; ``checks``: full invariants at
-        every step, or only now and then."""
+        every step, or only now and then; ``terms``: those of an engine that prefills or decodes only."""
         self.config = config
         self.rules = config.rules
         self.context_length = context_length
         self.vocab_size = vocab_size
         self.seed = seed
-        self.memory = _build_memory(config, kv_tokens, context_length)
+        self.memory = _build_memory(config, kv_tokens, context_length, terms)
         self.recorder = recorder or Recorder()
         self.micro_batches = build_micro_batches(config.parallel.pp, self.memory, self.recorder)
         """One for each stage of the pipeline; alone, one."""
@@ -93,24 +97,31 @@ class Scheduler:
         self.steps = 0
         self.received = 0
         self.forward_sleep_ns = 0
-
-        self.ratio_init = min(config.init_new_token_ratio * config.schedule_conservativeness, 1.0)
-        self.ratio_min = min(self.ratio_init * config.min_new_token_ratio_factor, 1.0)
-        self.ratio_decay = (self.ratio_init - self.ratio_min) / config.new_token_ratio_decay_steps
-        self.new_token_ratio = self.ratio_init
-
+        self._set_ratio(config)
         self.policy = self._choose_policy(policy)
         self.strategy = strategy or STRATEGIES[config.batching]()
         self.strategy_is_ours = strategy is None
         """All built-in strategies take a plain decode step when nobody waits; a user's own may not."""
         self.decision_log = DecisionLog()
         self.invariants = Invariants(self, every_step=checks == "full")
+        self.prefill_side = PrefillSide(self, terms) if terms and terms.role == "prefill" else None
+        self.decode_side = DecodeSide(self, terms) if terms and terms.role == "decode" else None
+        self.side: Side | None = self.prefill_side or self.decode_side
+        """What a scheduler has besides that is one half of a pair."""
         self.now_ns = 0
         self.fruitless = 0
         """Decisions in a row that found nothing to run where only a message or a result can change that."""
         self.idle_checked = True
         """No result has been processed since the last idle check."""
         self.admitted = self.matched_tokens = self.matched_in_policy = self.scanned = 0
+
+    def _set_ratio(self, config: EngineConfig) -> None:
+        """The share of its ``max_new_tokens`` that a request is expected to use: falls with every decode step, and
+        starts afresh with every retraction and when the engine is idle (specification B.7)."""
+        self.ratio_init = min(config.init_new_token_ratio * config.schedule_conservativeness, 1.0)
+        self.ratio_min = min(self.ratio_init * config.min_new_token_ratio_factor, 1.0)
+        self.ratio_decay = (self.ratio_init - self.ratio_min) / config.new_token_ratio_decay_steps
+        self.new_token_ratio = self.ratio_init
 
     def _choose_policy(self, own: Policy | None) -> Policy:
         """The configured policy, or the user's ``own``; a cache-aware one without a cache is first come, first
@@ -139,16 +150,18 @@ class Scheduler:
     def can_build_batch(self) -> bool:
         """Whether a batch can be built without another message or result, or the idle check that follows the last one
         is still to be made: a loop that blocked before it would carry the estimate of output over the pause."""
-        if self.fruitless >= len(self.micro_batches):
-            return False
-        if self.running.requests or self.waiting or self.chunked or self.last_batch or not self.idle_checked:
-            return True
-        return any(other.running.requests or other.last_batch for other in self.micro_batch.others)
+        if self.fruitless < len(self.micro_batches):
+            if self.running.requests or self.waiting or self.chunked or self.last_batch or not self.idle_checked:
+                return True
+            if any(other.running.requests or other.last_batch for other in self.micro_batch.others):
+                return True
+        return self.side is not None and self.side.ready
 
     @property
     def idle(self) -> bool:
         """Nothing waits, runs or is in flight."""
-        return not (self.requests or self.in_flight or self.chunked or self.waiting)
+        held = self.memory.allocator.quarantined_pages
+        return not (self.requests or self.in_flight or self.chunked or self.waiting or held)
 
     def handle_message(self, now_ns: int, message: Message) -> list[RequestOutput | ControlOutput]:
         """Dispatch one message; what has to be sent at once is returned. A message never raises: a bad one is
@@ -167,6 +180,8 @@ class Scheduler:
             request.queued_ns = self.now_ns
             request.finish_reason, request.message, request.status = FinishReason.ERROR, message, status
             self.recorder.count("refused")
+            if self.side is not None and source.pair is not None:
+                self.side.refused(source.pair, message, status)
             if source.rid not in self.requests:  # the record of a duplicate id would overwrite the first one's
                 self.recorder.ended(request, 0, self.now_ns)
             return [self.output_of(request)]
@@ -176,7 +191,9 @@ class Scheduler:
         request.queued_ns = self.now_ns
         self.received += 1
         self.requests[source.rid] = request
-        if request.grammar is None:
+        if self.side is not None and source.pair is not None:
+            self.side.add(request, source.pair)
+        elif request.grammar is None:
             self.waiting.append(request)
         else:
             self.grammar_queue.add(request)
@@ -215,8 +232,13 @@ class Scheduler:
             return 400, f"logprob_start is {source.logprob_start}; the prompt has {len(source.prompt)} tokens"
         if not 0 <= source.top_logprobs <= MOST_TOP_LOGPROBS:
             return 400, f"top_logprobs is {source.top_logprobs}; it must lie in [0, {MOST_TOP_LOGPROBS}]"
-        queued = self.config.max_queued_requests
-        if queued is not None and len(self.waiting) + len(self.grammar_queue) + 1 > queued:
+        if source.pair is not None or self.side is not None:
+            wrong = wrong_half(self.side, source)
+            if wrong is not None:
+                return 400, wrong
+        most = self.config.max_queued_requests
+        queued = len(self.waiting) + len(self.grammar_queue) + (self.side.queued if self.side is not None else 0)
+        if most is not None and queued + 1 > most:
             return 503, "The request queue is full."
         return None
 
@@ -225,6 +247,10 @@ class Scheduler:
         changed: its row's result is dropped."""
         request = self.requests.get(rid)
         if request is None:
+            return []
+        if self.side is not None:
+            self.side.give_up(request, Ending(FinishReason.ABORT, "aborted", 499))
+            self.recorder.count("aborts")
             return []
         if request.slot == NEVER:
             if self.grammar_queue.take(request.rank) is None:
@@ -235,7 +261,7 @@ class Scheduler:
                 self.chunked = None
             self._release(request)
         self._end(request, FinishReason.ABORT, "aborted", 499)
-        self._end_pause(request, self.now_ns)
+        self.end_pause(request, self.now_ns)
         self.count_extra_rows([request])
         self.recorder.ended(request, len(request.output_ids), self.now_ns)
         self.recorder.count("aborts")
@@ -276,7 +302,9 @@ class Scheduler:
         return request.outputs_known(self.running_of(request).done)
 
     def others_run(self) -> bool:
-        """Whether requests of other micro-batches hold KV, which their ends will free."""
+        """Whether requests that are in no row of this micro-batch hold KV, which their ends will free."""
+        if self.decode_side is not None and self.decode_side.holds_memory:
+            return True
         return any(other.rows or other.joining() for other in self.micro_batch.others)
 
     def everybody_running(self) -> list[Request]:
@@ -308,7 +336,7 @@ class Scheduler:
         last = micro_batch.last_batch
         if self.chunked is not None:
             self.memory.publish(self.chunked)
-        if last is not None and last.prefills:
+        if last is not None and last.prefills and self.prefill_side is None:
             self._merge_last_batch(last)
         if running.finished_rows and self.rules.admission == "every_step":
             running.filter_finished()
@@ -375,6 +403,8 @@ class Scheduler:
         seats = self.max_running_requests - len(running)
         if self.micro_batch.others:
             seats = self._seats_in_micro_batch()
+        elif self.side is not None:  # whose KV is on its way holds a slot, too
+            seats = min(seats, self.memory.slots.available + (self.chunked is not None))
         if seats <= 0 and self.chunked is None:
             running.is_full = True
             return None
@@ -567,7 +597,9 @@ class Scheduler:
             self._end_invalid(batch, result, ended)
         if result.logprobs is not None:
             keep_logprobs(batch, result.logprobs)
-        if batch.prefills:
+        if self.prefill_side is not None:
+            self.prefill_side.process_prefills(batch, result)
+        elif batch.prefills:
             self._process_prefills(batch, result, ended)
         if batch.decodes:
             self._process_decodes(batch, result, ended)
@@ -585,9 +617,9 @@ class Scheduler:
             request.sampled = True
             self.memory.slots.outputs[request.slot, 0] = result.token_ids[row]
             if request.old_outputs + 1 >= request.max_new_tokens:
-                self._finish(request, FinishReason.LENGTH, ended)
+                self.finish(request, FinishReason.LENGTH, ended)
             elif row in result.stopped:
-                self._finish(request, FinishReason.STOP, ended)
+                self.finish(request, FinishReason.STOP, ended)
             else:
                 self.memory.publish(request)
 
@@ -600,12 +632,12 @@ class Scheduler:
             for row in np.flatnonzero(batch.finish_at == advance).tolist():
                 request = batch.decodes[row]
                 if request.finish_reason is None and request.in_running:
-                    self._finish(request, FinishReason.LENGTH, ended)
+                    self.finish(request, FinishReason.LENGTH, ended)
         for row in result.stopped:
             if row >= first:
                 request = batch.decodes[row - first]
                 if request.finish_reason is None and request.in_running:
-                    self._finish(request, FinishReason.STOP, ended)
+                    self.finish(request, FinishReason.STOP, ended)
 
     def _end_invalid(self, batch: Batch, result: StepResult, ended: list[Request]) -> None:
         """Requests without a token end with an error, before anything of the result is kept."""
@@ -621,12 +653,16 @@ class Scheduler:
                 why, status = "the model's logits leave no token to choose", 500
                 if request.grammar is not None:
                     why, status = "the grammar and the model's logits leave no token to choose", 400
-                self._finish(request, FinishReason.ERROR, ended, why, status)
                 batch.extra_rows += row >= first
+                if self.prefill_side is not None:
+                    self.prefill_side.give_up(request, Ending(FinishReason.ERROR, why, status))
+                else:
+                    self.finish(request, FinishReason.ERROR, ended, why, status)
 
-    def _finish(
+    def finish(
         self, request: Request, reason: FinishReason, ended: list[Request], message: str = "", status: int = 200
     ) -> None:
+        """A result has ended the request."""
         self._release(request)
         self._end(request, reason, message, status)
         ended.append(request)
@@ -666,11 +702,14 @@ class Scheduler:
             self.grammar_queue.ended(request)
         self.invariants.ended(request)
 
-    def fail(self, request: Request, message: str, status: int) -> None:
-        """End a running request with an error; its output goes out with the next messages."""
-        self._release(request)
-        self._end(request, FinishReason.ERROR, message, status)
-        self._end_pause(request, self.now_ns)
+    def end(self, request: Request, ending: Ending) -> None:
+        """A decision ends the request, wherever it is; its output goes out with the next messages."""
+        if request.slot == NEVER:
+            request.output_ids = request.fill_ids[request.prompt_tokens :]
+        else:
+            self._release(request)
+        self._end(request, *ending)
+        self.end_pause(request, self.now_ns)
         self.count_extra_rows([request])
         self.failed.append(request)
 
@@ -686,8 +725,8 @@ class Scheduler:
         """Record that the batch's tokens, and the ends of ``ended``, were sent at ``sent_ns``."""
         recorder = self.recorder
         for request, _, _, last in batch.prefills:
-            if last and request.sampled and request.max_new_tokens:
-                self._token_sent(request, sent_ns)
+            if last and request.sampled and request.max_new_tokens and self.prefill_side is None:
+                self.token_sent(request, sent_ns)
         if batch.decodes:
             self.micro_batch.times.append(sent_ns)
         for request in ended:
@@ -696,15 +735,15 @@ class Scheduler:
         if self.invariants.every_step:
             self.invariants.full()
 
-    def _token_sent(self, request: Request, sent_ns: int) -> None:
+    def token_sent(self, request: Request, sent_ns: int) -> None:
         """The first token since (re-)admission."""
-        self._end_pause(request, sent_ns)
+        self.end_pause(request, sent_ns)
         if request.first_token_ns == NEVER:
             request.first_token_ns = sent_ns
         request.segments.append((-1 - sent_ns, 1))
 
     @staticmethod
-    def _end_pause(request: Request, now_ns: int) -> None:
+    def end_pause(request: Request, now_ns: int) -> None:
         """The pause of a retracted request ends: with its next token, or with itself."""
         if request.retracted_at_ns == NEVER:
             return
@@ -738,8 +777,8 @@ def _is_row(request: Request, batch: Batch) -> bool:
     return request.joined < batch.advance and request.joined // ADVANCES == batch.advance // ADVANCES
 
 
-def _build_memory(config: EngineConfig, kv_tokens: int, context_length: int) -> KvMemory:
-    """The KV memory that ``config`` asks for. Raises InputError for a chunk smaller than a page."""
+def _build_memory(config: EngineConfig, kv_tokens: int, context_length: int, terms: Terms | None) -> KvMemory:
+    """The KV memory that ``config`` asks for, and the role. Raises InputError for a chunk smaller than a page."""
     if config.chunked_prefill_size != -1 and config.chunked_prefill_size < config.page_size:
         raise InputError(
             f"a prefill of {config.chunked_prefill_size} tokens does not fill a page of {config.page_size}: "
@@ -748,12 +787,14 @@ def _build_memory(config: EngineConfig, kv_tokens: int, context_length: int) -> 
             remedy="give at least engine.page_size, or -1",
         )
     stages = config.parallel.pp
+    decodes_only = terms is not None and terms.role == "decode"
+    slots = slots_needed(stages * seats_of(config.max_running_requests, stages), kv_tokens, config.page_size)
     return KvMemory(
         kv_tokens,
         page_size=config.page_size,
-        slots=slots_needed(stages * seats_of(config.max_running_requests, stages), kv_tokens, config.page_size),
+        slots=slots + (preallocated_slots(config.max_running_requests) if decodes_only else 0),
         context_tokens=min(context_length, kv_tokens) + 1,
-        prefix_cache=config.prefix_cache,
+        prefix_cache="chunk" if decodes_only else config.prefix_cache,
         eviction=config.eviction,
         evict_whole_need=config.rules.evict_amount == "whole_need",
     )

@@ -248,7 +248,7 @@ def ends_twice(patch: Patch) -> None:
         original(self, request, reason, ended)
         ended.append(request)
 
-    around(patch, Scheduler, "_finish", finish)
+    around(patch, Scheduler, "finish", finish)
 
 
 def an_abort_keeps_its_pages(patch: Patch) -> None:
@@ -288,7 +288,7 @@ def extra_rows_are_not_counted(patch: Patch) -> None:
 
 
 def first_tokens_are_not_stamped(patch: Patch) -> None:
-    without(patch, Scheduler, "_token_sent")
+    without(patch, Scheduler, "token_sent")
 
 
 def nothing(patch: Patch) -> None:
