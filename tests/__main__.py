@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STEPS = (
     ["ruff", "check", "."],
     ["mypy", "testbed", "kernels"],
-    ["tests.evidence", "all", "--smoke"],
+    ["tests.evidence", "all", "--smoke", "--jobs", "2"],
     ["pytest", "-q", "-n", "2", "--dist", "loadfile", "--durations", "10"],
 )
 

@@ -1,7 +1,7 @@
 """``python -m tests.evidence ISSUE.LINE [--smoke]``: print the figure, the bar and PASS or FAIL; exit with 0 or 1.
 
 A line is a module ``ISSUE_LINE.py`` in this folder with ``check(smoke: bool) -> Evidence``; its docstring says what is
-shown. ``all`` in place of a line runs every line there is.
+shown. ``all`` in place of a line runs every line there is, with ``--jobs N`` in N processes at a time.
 """
 
 from __future__ import annotations
@@ -9,8 +9,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import re
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from time import monotonic
 
 from tests.evidence.evidence import Evidence
 
@@ -37,14 +40,26 @@ def show(line: str, smoke: bool) -> bool:
     return found.passed
 
 
+def show_in_a_process(line: str, smoke: bool) -> bool:
+    """As ``show``, printed when it has ended, with what it took."""
+    begin = monotonic()
+    command = [sys.executable, "-m", "tests.evidence", line, *(["--smoke"] if smoke else [])]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    print(f"{ended.stdout}  in {monotonic() - begin:.0f} s", flush=True)
+    return ended.returncode == 0
+
+
 def main() -> int:
     """Parse the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.evidence", description="Show one line of evidence.")
     parser.add_argument("line", choices=[*lines(), "all"], metavar="ISSUE.LINE", help=f"{', '.join(lines())}, or all")
     parser.add_argument("--smoke", action="store_true", help="a small size, for continuous integration")
+    parser.add_argument("--jobs", type=int, default=1, help="of all: lines at a time (1); more disturb clocks")
     arguments = parser.parse_args()
-    chosen = lines() if arguments.line == "all" else [arguments.line]
-    passed = [show(line, arguments.smoke) for line in chosen]  # a list: every line is shown, also after a failure
+    if arguments.line != "all":
+        return 0 if show(arguments.line, arguments.smoke) else 1
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        passed = list(pool.map(lambda line: show_in_a_process(line, arguments.smoke), lines()))
     return 0 if all(passed) else 1
 
 
