@@ -221,7 +221,7 @@ def test_functions_fit_a_screen(source: str) -> None:
 
 
 def test_one_trap_carries_virtual_time() -> None:
-    """Coroutines reach SimPy through a single ``yield``: an ``__await__`` or a ``types.coroutine`` in virtual.py."""
+    """Coroutines reach SimPy through a single ``yield``: an ``__await__`` or a ``types.coroutine`` in world.py."""
     traps = []
     for source in sources():
         for node in ast.walk(tree(source)):
@@ -230,7 +230,7 @@ def test_one_trap_carries_virtual_time() -> None:
             decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
             if node.name == "__await__" or any(name.endswith("coroutine") for name in decorators):
                 traps += [source for inner in ast.walk(node) if isinstance(inner, (ast.Yield, ast.YieldFrom))]
-    assert set(traps) <= {"testbed/runtime/virtual.py"}
+    assert set(traps) <= {"testbed/runtime/world.py"}
     assert len(traps) <= 1
 
 

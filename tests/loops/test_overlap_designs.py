@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import threading
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -21,9 +23,14 @@ from testbed.messages import AbortRequest, GrammarReady, GrammarSpec, Message
 from testbed.ports import Stage
 from testbed.runtime.modelled import Deadlock
 from testbed.scenario.schema import ConstantDevice
+from testbed.study.replay import replay
+from tests.properties import test_grammar_mutants as defects
 from tests.properties.draws import DESIGNS, World, worlds
 from tests.properties.grammars import Rule, run_constrained
+from tests.properties.test_leap import same
+from tests.properties.test_mutants import around
 from tests.properties.world import Job, Outcome, Script, burst, engine, run
+from tests.study.recorded import as_run
 
 DRAWN = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), max_examples=60)
 ANY = GrammarSpec("json_object")
@@ -210,6 +217,50 @@ def test_a_thread_of_the_operating_system_gives_the_same_tokens() -> None:
         assert grammars.accepted > 0
 
 
+def masks_are_announced_at_once(patch: pytest.MonkeyPatch) -> None:
+    async def run_batch(original: Any, self: ForwardThread, batch: Batch) -> Any:
+        submitted = await original(self, batch)
+        self._loop._sample()
+        return submitted
+
+    around(patch, ForwardThread, "run_batch", run_batch)
+
+
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        masks_are_announced_at_once,
+        defects.tokens_are_not_accepted,
+        defects.sampled_before_the_tokens_are_accepted,
+        defects.first_tokens_are_not_accepted,
+    ],
+)
+def test_masks_that_come_too_early_are_found(
+    break_it: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [job._replace(grammar=Rule(i, 20).spec()) for i, job in enumerate(burst(3, outputs=30))]
+    run_constrained(engine(loop="overlap_thread"), jobs)
+    break_it(monkeypatch)
+    with pytest.raises(AssertionError):
+        run_constrained(engine(loop="overlap_thread"), jobs)
+
+
+@settings(DRAWN, max_examples=25)
+@given(
+    worlds(loop="overlap_thread"),
+    st.lists(st.booleans(), min_size=1, max_size=4),
+    st.lists(st.tuples(st.integers(0, 30), st.integers(0, 8)), max_size=3),
+)
+def test_threads_decide_as_in_virtual_time(world: World, with_grammar: list[bool], cut: list[tuple[int, int]]) -> None:
+    jobs, script = by_step(world, with_grammar, cut)
+    virtual, paced = (
+        run(world.config, jobs, kv_tokens=world.kv_tokens, script=script, before=ReadyWhenTold, paced=paced)
+        for paced in (False, True)
+    )
+    assert paced.records.decisions == virtual.records.decisions
+    assert paced.streams() == virtual.streams()
+
+
 def test_the_deadlock_is_found_on_the_wall_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     without_the_dummy_first_batch(monkeypatch)
     with pytest.raises(Deadlock, match="each waits for another: the loop, forward thread"):
@@ -231,15 +282,45 @@ def test_a_failure_in_the_forward_thread_ends_the_loop(monkeypatch: pytest.Monke
             run(engine(loop="overlap_thread"), [Job("r")], before=before, paced=paced)
 
 
-def test_no_thread_is_left() -> None:
-    import threading
+def test_injected_host_work_of_two_threads_excludes_each_other() -> None:
+    """As the work of one interpreter does: no two spans of the host overlap."""
+    terms = {stage: Terms(fixed=100_000.0) for stage in (Stage.LAUNCH, Stage.SAMPLE, Stage.PROCESS, Stage.SEND)}
+    slow = HostProfile("slow", terms, terms)
+    outcome = run(engine(loop="overlap_thread"), burst(3, outputs=12), paced=True, inject=slow)
+    spans = {name: np.asarray(column) for name, column in outcome.records.spans.items()}
+    rows = (spans["lane"] == 0) & np.isin(spans["name"], list(terms))
+    found = sorted(zip(spans["begin_ns"][rows].tolist(), spans["end_ns"][rows].tolist(), strict=True))
+    assert len(found) == 4 * len(outcome.batches)
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(found))
 
+
+def test_no_thread_is_left() -> None:
     before = threading.active_count()
     run(engine(loop="overlap_thread"), burst(2), paced=True)
     for thread in threading.enumerate():
         if thread.name == "forward thread":
             thread.join(timeout=10)
     assert threading.active_count() == before
+
+
+# -- what is done with runs --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("paced", [False, True])
+@pytest.mark.parametrize("loop", DESIGNS)
+def test_its_runs_are_replayed(loop: str, paced: bool) -> None:
+    jobs = burst(6, prompt=15, outputs=30)
+    outcome = run(engine(loop=loop, clip_max_new_tokens=1), jobs, kv_tokens=90, paced=paced)
+    again = replay(as_run(outcome, 90))
+    assert again.equal and again.steps == len(outcome.batches), again.last.explain()
+
+
+@DRAWN
+@given(worlds(loop="overlap_suspended"), st.sampled_from([0, 700, 4_000]))
+def test_a_leap_changes_nothing(world: World, host: int) -> None:
+    jobs = [job._replace(outputs=job.outputs * 10, max_new_tokens=None) for job in world.jobs]
+    leapt, stepped = (run(world.config, jobs, host=host, checks="delta", leap=leap) for leap in (True, False))
+    same(leapt, stepped)
 
 
 # -- suspended between prefills ----------------------------------------------------------------------------------------
