@@ -40,12 +40,15 @@ class LoopContext:
         self.reports: Reports | None = ports.reports
         self.now_ns = 0
         """The stamp of this iteration: the only time that decisions may use."""
+        self.messages: list[Message] = []
+        """What came with it."""
         self.unsampled: tuple[Batch, Pending] | None = None
         """The last launch, while its masks wait for the result of the one before."""
 
     async def recv_requests(self, block: bool) -> None:
         """Take in every message that has arrived; with ``block``, wait for one."""
         self.now_ns, messages = await self.inbox.recv(block)
+        self.messages = messages
         prompt_tokens = sum(map(received_tokens, messages)) if messages else 0
         self.cpu.charge(Stage.RECEIVE, 0, prompt_tokens, len(messages))
         for message in messages:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from testbed.batch import Batch, StepResult
 from testbed.loops.base import LoopContext
 from testbed.messages import Message
-from testbed.ports import Inbox, Neighbours, Pending
+from testbed.ports import Channel, Pending
 from testbed.scenario.errors import InputError
 from testbed.scheduler.decisions import HEADER, Decision, decision_at
 
@@ -32,21 +32,21 @@ async def event_loop_pipeline(loop: LoopContext) -> None:
         for m in range(stage.stages):
             await stage.recv_requests(stage.nothing_to_do())
             batch = stage.get_next_batch_to_run()
-            activations = await stage.recv_activations()
+            activations = None if stage.is_first else stage.agreed(await stage.previous.recv())
             launched = stage.slots[m] = await stage.launch(batch, activations) if batch else None
             if stage.is_last and launched:
-                stage.send(await launched.done())
+                stage.next.send(await launched.done())
             received = None
             if following := stage.turn_to((m + 1) % stage.stages):
-                received = await stage.recv_tokens(following)
+                received = following.drawn = await stage.previous.recv()
                 await stage.process_batch_result(following.batch, following)
             if not stage.is_last:
                 if carried:
-                    stage.send(carried)
-                stage.send_requests()
+                    stage.next.send(carried)
+                stage.next.send((stage.now_ns, stage.messages))
                 if launched:
                     await launched.done()
-                stage.send_activations(launched)
+                stage.next.send((stage.decided, launched.activations() if launched else None))
             carried = received
         if not any(stage.slots):
             stage.self_check_during_idle()
@@ -61,19 +61,19 @@ async def event_loop_pipeline_async(loop: LoopContext) -> None:
         for m in range(stage.stages):
             await stage.recv_requests(stage.nothing_to_do())
             if not stage.is_last:
-                stage.send_requests()
+                stage.next.send((stage.now_ns, stage.messages))
             batch = stage.get_next_batch_to_run()
-            activations = await stage.recv_activations()
+            activations = None if stage.is_first else stage.agreed(await stage.previous.recv())
             before = stage.slots[m - 1]
             launched = stage.slots[m] = await stage.launch(batch, activations) if batch else None
             if not stage.is_last:
-                stage.send_activations(launched)
+                stage.next.send((stage.decided, launched.activations() if launched else None))
             elif before:
-                stage.send(await before.done())
+                stage.next.send(await before.done())
             if following := stage.turn_to((m + 1) % stage.stages):
-                received = await stage.recv_tokens(following)
+                following.drawn = await stage.previous.recv()
                 if not stage.is_last:
-                    stage.send(received)
+                    stage.next.send(following.drawn)
                 await stage.process_batch_result(following.batch, following)
         if not any(stage.slots):
             stage.self_check_during_idle()
@@ -89,25 +89,46 @@ class PipelineStage(LoopContext):
 
     def __init__(self, loop: LoopContext) -> None:
         super().__init__(loop.scheduler, loop)
-        self.stages = self.neighbours.stages
-        self.is_first = self.neighbours.stage == 0
-        self.is_last = self.neighbours.stage == self.stages - 1
-        self.inbox = self._arrivals = StageInbox(loop.inbox, self.neighbours)
-        self.slots: list[Launched | None] = [None] * self.stages
+        ring = self.neighbours
+        self.stages, self.previous, self.next = ring.stages, ring.previous, ring.next
+        self.is_first, self.is_last = ring.stage == 0, ring.stage == ring.stages - 1
+        self.slots: list[Launched | None] = [None] * ring.stages
         """What each micro-batch launched at its last turn."""
-        self._decided = b""
+        self.decided = b""
+        """This slot's decision, as the decision log says it; empty when there is nothing to run."""
         self._logged = len(HEADER)
         self.scheduler.recorder.keeps_requests = self.is_first
+        if not self.is_first:
+            self.inbox = HandedOn(self.previous)
 
     def nothing_to_do(self) -> bool:
         """Whether only a message can bring something to do: then every stage has applied every result, because each
         has an empty turn of all micro-batches behind it."""
-        return not (self.scheduler.can_build_batch or self.scheduler.in_flight)
+        return self.is_first and not (self.scheduler.can_build_batch or self.scheduler.in_flight)
 
     def turn_to(self, m: int) -> Launched | None:
         """From here on it is micro-batch ``m``: the result of its last turn, and its next. Returns what is launched."""
         self.scheduler.select_micro_batch(m)
         return self.slots[m]
+
+    def get_next_batch_to_run(self) -> Batch | None:
+        """See LoopContext; keeps what is logged of it."""
+        batch = super().get_next_batch_to_run()
+        self.decided = self.scheduler.decision_log.tail(self._logged)
+        self._logged += len(self.decided)
+        return batch
+
+    def agreed(self, handed_on: tuple[bytes, object]) -> object:
+        """The activations that the stage before hands on with its decision. Raises StagesDisagree when this one has
+        decided otherwise."""
+        theirs, activations = handed_on
+        if theirs != self.decided:
+            scheduler = self.scheduler
+            step = scheduler.steps - bool(self.decided)
+            before = scheduler.decision_log.bytes()[: self._logged - len(self.decided)]
+            decisions = [decision_at(before + part, step) for part in (self.decided, theirs)]
+            raise StagesDisagree(self.neighbours.stage, step, *decisions)
+        return activations
 
     async def launch(self, batch: Batch, after: object) -> Launched:
         """Launch behind the activations of the stage before."""
@@ -119,63 +140,26 @@ class PipelineStage(LoopContext):
             launched.sample(self.grammars.masks(batch))
         return launched
 
-    # -- the ring -----------------------------------------------------------------------------------------------------
 
-    def send(self, item: object) -> None:
-        """To the next stage."""
-        self.neighbours.next.send(item)
+class HandedOn:
+    """The inbox of a stage behind the first: what the stage before took from its own, with the first one's stamp."""
 
-    def send_requests(self) -> None:
-        """Hand on the stamp and the messages of this slot."""
-        self.send(self._arrivals.taken)
-
-    def send_activations(self, launched: Launched | None) -> None:
-        """Hand on what was decided in this slot, and what the next stage computes on."""
-        self.send((self._decided, launched.activations() if launched else None))
-
-    async def recv_activations(self) -> object:
-        """What the stage before hands on of this slot; None at the first. Raises StagesDisagree when it has decided
-        otherwise."""
-        log = self.scheduler.decision_log
-        self._decided = log.tail(self._logged)
-        self._logged += len(self._decided)
-        if self.is_first:
-            return None
-        theirs, activations = await self.neighbours.previous.recv()
-        if theirs != self._decided:
-            step = self.scheduler.steps - bool(self._decided)
-            before = log.bytes()[: self._logged - len(self._decided)]
-            decisions = [decision_at(before + part, step) for part in (self._decided, theirs)]
-            raise StagesDisagree(self.neighbours.stage, step, *decisions)
-        return activations
-
-    async def recv_tokens(self, launched: Launched) -> StepResult:
-        """What the last stage has drawn for ``launched``."""
-        launched.drawn = await self.neighbours.previous.recv()
-        return launched.drawn
-
-
-class StageInbox:
-    """What wakes a stage: the first one's own inbox; behind it, what the stage before took from its."""
-
-    def __init__(self, inbox: Inbox, ring: Neighbours) -> None:
-        self._inbox = inbox
-        self._ring = ring
-        self.taken: tuple[int, list[Message]] = (0, [])
+    def __init__(self, previous: Channel) -> None:
+        self._previous = previous
 
     async def recv(self, block: bool) -> tuple[int, list[Message]]:
-        """See ports.Inbox. The stamp is the first stage's."""
-        self.taken = await (self._ring.previous.recv() if self._ring.stage else self._inbox.recv(block))
-        return self.taken
+        """See ports.Inbox: waits in any case."""
+        taken: tuple[int, list[Message]] = await self._previous.recv()
+        return taken
 
     def post_at(self, when_ns: int, message: Message) -> None:
         """See ports.Inbox: the first stage's timers wake all."""
-        if self._ring.stage == 0:
-            self._inbox.post_at(when_ns, message)
 
 
 class Launched:
     """A batch on this stage's device: its times are made here, its tokens on the last stage."""
+
+    __slots__ = ("_own", "_pending", "batch", "drawn")
 
     def __init__(self, batch: Batch, pending: Pending) -> None:
         self.batch = batch
@@ -199,11 +183,10 @@ class Launched:
 
     async def result(self) -> StepResult:
         """See ports.Pending: the times of this stage's device, and what the last one has drawn."""
-        own, drawn = await self.done(), self.drawn
+        own, drawn = self._own or await self.done(), self.drawn
         assert drawn is not None, "tokens are received before they are applied"
-        return own._replace(
-            token_ids=drawn.token_ids, stopped=drawn.stopped, logprobs=drawn.logprobs, invalid=drawn.invalid
-        )
+        times = own.launch_ns, own.start_ns, own.end_ns, own.graph
+        return StepResult(drawn.token_ids, drawn.stopped, *times, drawn.logprobs, drawn.invalid)
 
 
 class StagesDisagree(InputError):

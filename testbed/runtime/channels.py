@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import simpy
@@ -35,7 +34,9 @@ class VirtualChannel:
         self._items.append((arrival_ns, item))
         if self._waiting is not None:
             waiting, self._waiting = self._waiting, None
-            self._receiver.world.at(arrival_ns, partial(_wake, waiting))
+            waiting._ok, waiting._value = True, None
+            env = self._receiver.env
+            env.schedule(waiting, delay=max(arrival_ns - env.now, 0))
 
     async def recv(self) -> Any:
         """See ports.Channel."""
@@ -45,10 +46,6 @@ class VirtualChannel:
         arrival_ns, item = self._items.popleft()
         self._receiver.local_ns = max(self._receiver.local_ns, arrival_ns)
         return item
-
-
-def _wake(event: simpy.Event) -> None:
-    event.succeed()
 
 
 @dataclass(frozen=True, slots=True)

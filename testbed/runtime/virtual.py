@@ -271,7 +271,7 @@ class _Launched:
         runtime, result = self._runtime, self.outcome
         if runtime.local_ns < result.end_ns:
             runtime.local_ns = result.end_ns
-        if runtime.env.peek() <= runtime.local_ns:
+        if runtime.users is not None and runtime.env.peek() <= runtime.local_ns:  # else nobody hears when it is done
             await runtime._settle()
         runtime.charge(Stage.WAIT, len(result.token_ids))
         return result
