@@ -29,7 +29,7 @@ from tests.loops.stages import PIPELINES, Staged, pipeline, run_stages
 from tests.properties.draws import STRATEGIES, World, worlds
 from tests.properties.world import Job, burst, engine, run
 
-DRAWN = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), max_examples=50)
+DRAWN = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), max_examples=30)
 LOOPS = pytest.mark.parametrize("loop", PIPELINES)
 STAGES = pytest.mark.parametrize("stages", [2, 3, 4])
 LOAD = [Job(f"s{i}", (("stem", 20), (f"own {i}", 5)), 4 + i, arrival_ns=9_000 * i) for i in range(6)]
