@@ -13,6 +13,7 @@ from testbed.runtime.paced import PacedDevice
 from testbed.runtime.traffic import Traffic
 from testbed.runtime.users import WorkloadUsers
 from testbed.runtime.wall import WallClock, WallRuntime
+from testbed.runtime.wall_threads import runtime_for
 from testbed.runtime.wall_world import Mailbox, WallChannel, WallWorld
 
 
@@ -44,7 +45,8 @@ class PacedDeployment:
     ) -> WallRuntime:
         oracle = engine.oracle if engine.place.stage == stages - 1 else None
         device = PacedDevice(clock, engine.cost_model, oracle, activation_ns=engine.cost_model.activation_ns)
-        runtime = WallRuntime(clock=clock, device=device, recorder=engine.recorder, clients=mailbox, inject=inject)
+        kind = runtime_for(engine.loop)
+        runtime = kind(clock=clock, device=device, recorder=engine.recorder, clients=mailbox, inject=inject)
         runtime.reports = reports_of(engine, self._router, clock.now_ns)
         return runtime
 

@@ -52,7 +52,7 @@ class WallThreads:
 
     def channel(self) -> Channel:
         """See ports.Threads."""
-        return WallChannel(self)
+        return ThreadChannel(self)
 
     def tell(self, happen: Callable[[], None]) -> None:
         """Let something happen that others may wait for."""
@@ -102,7 +102,7 @@ class WallEvent:
         self._threads.wait_for(lambda: self._has_happened)
 
 
-class WallChannel:
+class ThreadChannel:
     """See ports.Channel: the queue from one thread of a loop to another."""
 
     def __init__(self, threads: WallThreads) -> None:

@@ -25,6 +25,7 @@ from testbed.runtime import wall
 from testbed.runtime.oracle import Oracle
 from testbed.runtime.paced import PacedDevice
 from testbed.runtime.real import RealDevice
+from testbed.runtime.wall_threads import runtime_for
 from testbed.scenario.schema import Scenario
 from testbed.server import wire
 from testbed.server.clients import SocketClients
@@ -72,7 +73,7 @@ def serve(part: Part) -> None:
         known = _tokens(options.tokenizer)
         ends = _ends(device, options.tokenizer, min(known, engine.model.vocab))
         with _grammars(context, part.start, engine.model.vocab, known, ends, cores) as grammars:
-            runtime = wall.WallRuntime(
+            runtime = runtime_for(engine.loop)(
                 clock=clock,
                 device=_device(clock, engine, device, lengths.oracle if lengths else engine.oracle, ends),
                 recorder=recorder,
