@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -214,6 +214,8 @@ class Setup:
     prefill_tokens: int = 4096
     decode_tokens: int = 4096
     engine: Mapping[str, Any] = field(default_factory=dict)
+    decode_engine: Mapping[str, Any] = field(default_factory=dict)
+    """Where decode engines differ."""
     terms: Mapping[str, Any] = field(default_factory=dict)
     link: LinkSpec = LINK
     device: ConstantDevice = DEVICE
@@ -223,7 +225,7 @@ class Setup:
 
     def config(self, role: str) -> EngineConfig:
         loop = self.prefill_loop if role == "prefill" else self.decode_loop
-        return engine(**{"loop": loop, **self.engine})
+        return engine(**{"loop": loop, **self.engine, **(self.decode_engine if role == "decode" else {})})
 
 
 Action = Callable[["Deployment"], None]
@@ -245,7 +247,7 @@ class Deployment:
         """``script``: actions before an engine's iteration; ``at``: at times; ``loses``: whether the router loses the
         half of a request on its way to an engine."""
         terms = {"bootstrap_timeout_ns": TIMEOUT, "transfer_timeout_ns": TIMEOUT, "reserved_decode_tokens": 4}
-        self.setup = setup if "bootstrap_timeout_ns" in setup.terms else _with(setup, {**terms, **setup.terms})
+        self.setup = replace(setup, terms={**terms, **setup.terms})
         self.world = World()
         self.links = Links(self.world, setup.link, faults)
         self.stop_at: dict[str, int] = {}
@@ -350,10 +352,6 @@ class Deployment:
                 _drained(node)
                 _times_add_up(node)
         return self
-
-
-def _with(setup: Setup, terms: Mapping[str, Any]) -> Setup:
-    return Setup(**{**setup.__dict__, "terms": terms})
 
 
 def _drained(node: Node) -> None:
