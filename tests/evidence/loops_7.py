@@ -45,7 +45,7 @@ def check(smoke: bool) -> Evidence:
     details.append(cpu_name())
     passed = min(rates) >= 1000 and double <= 2 * single
     evidence = Evidence(
-        figure=f"{min(rates):.0f} requests/CPU s with the slowest policy; two stages cost {double / single:.2f} times one",
+        figure=f"{min(rates):.0f} requests/CPU s, slowest policy; two stages cost {double / single:.2f} times one",
         bar=">= 1,000; <= 2",
         passed=passed or smoke,  # time is measured in CI, never asserted
         details=tuple(details),
