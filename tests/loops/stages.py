@@ -70,6 +70,7 @@ def run_stages(
     devices: Sequence[ConstantDevice] = (DEVICE,),
     host: str | int = "none",
     latency_ns: int = 0,
+    activation_ns: int = 0,
     script: Script | None = None,
     checks: Checks = "full",
     before: Callable[[int, Scheduler], None] | None = None,
@@ -102,6 +103,7 @@ def run_stages(
             host=profile,
             recorder=scheduler.recorder,
             oracle=oracle if scheduler is schedulers[-1] else None,
+            activation_ns=lambda tokens: activation_ns,
         )
         runtimes.append(runtime)
     connect_stages(runtimes, latency_ns)

@@ -63,7 +63,8 @@ def test_the_oracles_tokens_whatever_happens(world: World, stages: int, loop: st
 def test_the_loops_decide_the_same_where_nothing_depends_on_time(world: World, stages: int) -> None:
     """The other loop changes when things happen, never what: with all requests there from the beginning."""
     jobs = [job._replace(arrival_ns=0) for job in world.jobs]
-    config = world.twin(parallel={"pp": stages}, rules={"can_stall": False}).config
+    rules = {**world.config.rules.model_dump(), "can_stall": False}
+    config = world.twin(parallel={"pp": stages}, rules=rules).config
     one, other = (run_stages(config, jobs, loop=loop, kv_tokens=world.kv_tokens) for loop in PIPELINES.values())
     assert one.logs() == other.logs()
 
@@ -265,6 +266,29 @@ def test_activations_and_messages_take_their_time(loop: str) -> None:
     staged = run_stages(pipeline(2), filled(1, 5), loop=PIPELINES[loop], devices=[constant(700)], latency_ns=40)
     hops = {"pipeline": 2 * 40, "pipeline_async": 40 + 0}
     assert staged.first.makespan_ns() == 5 * (2 * 700 + hops[loop])
+
+
+@LOOPS
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize(("activation_ns", "latency_ns"), [(0, 0), (150, 0), (90, 40), (0, 200)])
+def test_the_throughput_bound(loop: str, count: int, activation_ns: int, latency_ns: int) -> None:
+    """Of P devices k / P work, where k micro-batches are filled, less what their steps spend on the way: a step of
+    each takes at least P g and three activations and the way back of the tokens. Who does not block keeps to that."""
+    outputs, step_ns = 60, 1_000
+    staged = run_stages(
+        pipeline(4, max_running_requests=4),
+        filled(count, outputs),
+        loop=PIPELINES[loop],
+        devices=[constant(step_ns)],
+        latency_ns=latency_ns,
+        activation_ns=activation_ns,
+    )
+    on_the_way = (3 * activation_ns + latency_ns) / (4 * step_ns)
+    bound = 4 * (count / 4) / (1 + on_the_way)
+    speedup = count * outputs * 4 * step_ns / staged.first.makespan_ns()
+    assert speedup <= bound
+    if loop == "pipeline_async":
+        assert speedup > 0.98 * bound
 
 
 def test_the_host_is_hidden_behind_the_first_stage_only_where_nobody_blocks() -> None:
