@@ -1,4 +1,4 @@
-"""The links between engines in virtual time: what they cost, how transfers share them, and what may go wrong on them.
+"""The links between engines: what they cost, how transfers share them, and what may go wrong on them.
 
 A transfer leaves through its source's adapter, may pass a link that all share, and enters through its destination's
 adapter; then one latency passes. Transfers that meet share a link fairly (max-min): nobody gets more while somebody
@@ -12,13 +12,14 @@ at a byte a nanosecond or more.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from msgspec.structs import replace
 
 from testbed.messages import KvChunk, Message
-from testbed.runtime.world import World
+from testbed.runtime.users import Timeline
 from testbed.workload.draw import Uniforms
 
 UNITS = 1 << 32
@@ -110,7 +111,7 @@ class _Transfer:
 class Links:
     """All links of a deployment."""
 
-    def __init__(self, world: World, spec: LinkSpec, faults: Faults | None = None) -> None:
+    def __init__(self, world: Timeline, spec: LinkSpec, faults: Faults | None = None) -> None:
         self._world = world
         self._spec = spec
         self._faults = faults or ScriptedFaults()
@@ -137,7 +138,10 @@ class Links:
         on their way."""
         self._inboxes.pop(engine, None)
         self._work_done()
-        self._transfers = [t for t in self._transfers if not {f"from {engine}", f"to {engine}"}.intersection(t.links)]
+        ends = (f"from {engine}", f"to {engine}")
+        left = [transfer for transfer in self._transfers if not any(end in transfer.links for end in ends)]
+        self.counts["dead"] += len(self._transfers) - len(left)
+        self._transfers = left
         self._share()
 
     def cut(self, source: str, destination: str) -> None:
@@ -203,7 +207,7 @@ class Links:
 
     @property
     def _now_ns(self) -> int:
-        return int(self._world.env.now)
+        return self._world.now_ns()
 
     def _capacity(self, link: str) -> int:
         shared = self._spec.shared_gb_per_s
@@ -255,16 +259,25 @@ class Links:
 class Port:
     """One engine's way to the others (``ports.Peers``)."""
 
-    def __init__(self, links: Links, engine: str, clock: Callable[[], int]) -> None:
-        """``clock``: the loop's own time (ns)."""
+    def __init__(
+        self,
+        links: Links,
+        engine: str,
+        clock: Callable[[], int],
+        at_rest: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """``clock``: the loop's own time (ns); ``at_rest``: nothing else happens within such a block, where loops have
+        threads of their own."""
         self._links = links
         self._engine = engine
         self._clock = clock
+        self._at_rest = at_rest
 
     def send(self, engine: str, message: Message) -> None:
         """See ports.Peers."""
-        self._links.send(self._engine, engine, message, 0, self._clock())
+        self.transfer(engine, message, 0)
 
     def transfer(self, engine: str, message: Message, size_bytes: int) -> None:
         """See ports.Peers."""
-        self._links.send(self._engine, engine, message, size_bytes, self._clock())
+        with self._at_rest():
+            self._links.send(self._engine, engine, message, size_bytes, self._clock())
