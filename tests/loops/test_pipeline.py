@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from testbed.batch import Batch
 from testbed.loops.pipeline import StagesDisagree
 from testbed.messages import (
     AbortRequest,
@@ -25,7 +26,7 @@ from testbed.messages import (
 from testbed.request import ADVANCES
 from testbed.scenario.schema import ConstantDevice
 from testbed.scheduler.scheduler import Scheduler
-from tests.loops.stages import PIPELINES, Staged, pipeline, run_stages
+from tests.loops.stages import PIPELINES, Staged, pipeline, run_stages, same_everywhere
 from tests.properties.draws import STRATEGIES, World, worlds
 from tests.properties.world import Job, burst, engine, run
 
@@ -130,6 +131,35 @@ def test_the_users_hear_of_the_first_stage_only(loop: str, stages: int) -> None:
     recorders = [scheduler.recorder for scheduler in staged.schedulers]
     assert [len(recorder._ended) for recorder in recorders] == [len(LOAD), *[0] * (stages - 1)]
     assert all(len(recorder._step_columns()["step"]) == staged.schedulers[0].steps for recorder in recorders)
+
+
+class Waits:
+    """A user's own strategy: nobody runs before the oldest has waited for 5 us, and every fifth turn is let pass."""
+
+    def __init__(self) -> None:
+        self.turns = 0
+
+    def next_batch(self, scheduler: Scheduler) -> Batch | None:
+        self.turns += 1
+        due = scheduler.waiting[0].queued_ns + 5_000 if scheduler.waiting else 0
+        if scheduler.now_ns < due or self.turns % 5 == 0:
+            scheduler.wake_at(max(due, scheduler.now_ns + 1_000))
+            return None
+        return scheduler.new_prefill_batch(scheduler.chunk_size) or scheduler.decode_batch()
+
+
+@LOOPS
+@STAGES
+def test_the_first_stages_timers_wake_all(loop: str, stages: int) -> None:
+    def before(stage: int, scheduler: Scheduler) -> None:
+        scheduler.strategy = Waits()
+
+    staged = run_stages(
+        pipeline(stages), burst(5, outputs=9), loop=PIPELINES[loop], before=before, prove=False, devices=[constant(70)]
+    )
+    same_everywhere(staged)
+    assert staged.first.streams() == run(engine(), burst(5, outputs=9)).streams()
+    assert staged.first.column("first_scheduled_ns").min() == 5_000
 
 
 # -- stages that decide differently --------------------------------------------------------------------------------

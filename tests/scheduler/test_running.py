@@ -38,12 +38,12 @@ class Launched:
 
 
 class RunningMachine(RuleBasedStateMachine):
-    @initialize(page_size=st.sampled_from([1, 3, 16]))
-    def begin(self, page_size: int) -> None:
+    @initialize(page_size=st.sampled_from([1, 3, 16]), micro_batch=st.sampled_from([0, 0, 1, 7]))
+    def begin(self, page_size: int, micro_batch: int) -> None:
         self.p = page_size
         self.slots = RequestSlots(SLOTS, CONTEXT, page_size)
         self.allocator = PageAllocator(100_000, page_size)
-        self.running = RunningBatch(self.slots, self.allocator)
+        self.running = RunningBatch(self.slots, self.allocator, micro_batch)
         self.rows: list[Row] = []
         self.in_flight: list[Launched] = []
         self.born = 0
