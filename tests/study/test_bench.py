@@ -517,9 +517,12 @@ class TestText:
 
         run, server = run_against(one_by_one, tokenizer=tokenizer)
         vocab = build_engine(scenario()).model.vocab
+        known = load_tokenizer().get_vocab_size()
+        assert vocab > known  # what the tokenizer has no text for has another one's
         for timed in timed_requests(scenario()):
-            ids = timed.request.prompt.ids(vocab).tolist()
+            ids = (timed.request.prompt.ids(vocab) % known).tolist()
             assert server.asked[timed.request.rid].body["prompt"] == load_tokenizer().decode(ids)
+        assert server.tried[0].body["prompt"] == "Hello"
         assert run.aggregates()["completed"] == REQUESTS
 
     def test_special_tokens_of_a_drawn_prompt_are_no_text(self, tokenizer: Path) -> None:

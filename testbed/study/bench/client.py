@@ -16,7 +16,6 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import numpy as np
 
 from testbed import api
 from testbed.deployment import Engine, build_engines
@@ -111,7 +110,7 @@ async def _bench(server: Server, engine: Engine, progress: api.Progress | None) 
         model = await _model(server, session)
         asking = Asking(server, model, engine.scenario.seed, engine.model.vocab)
         driver = Driver(server, session, asking, engine.workload, progress)
-        await driver.try_out(engine.model.vocab)
+        await driver.try_out()
         return await driver.run(model)
 
 
@@ -164,18 +163,18 @@ class Driver:
     def _now_ns(self) -> int:
         return time.perf_counter_ns() - self._origin_ns
 
-    async def try_out(self, vocab_size: int) -> None:
-        """Ask for one token after the last id of the vocabulary. Raises InputError, in the server's words, when the
-        answer is not what a run needs."""
-        request = GenerateRequest("try-out", TokenPrompt(np.array([vocab_size - 1])), 1)
+    async def try_out(self) -> None:
+        """Ask for one token. Raises InputError, in the server's words, when the answer is not what a run needs."""
+        request = GenerateRequest("try-out", TokenPrompt(self._asking.first_prompt()), 1)
         one = Exchange(TimedRequest(0, request, 1))
         await self._ask(one, self._asking.body(one.timed))
         if one.failure is not None:
-            remedy = "is the scenario's model the one that is served, and does the server take token ids? --tokenizer"
+            by_ids = "is the scenario's model the one that is served, and does the server take token ids?"
+            by_text = "does the server take such requests? --chat asks the chat endpoint"
             raise InputError(
                 f"a first request of one token failed ({one.failure}): {one.message}",
                 where=self._server.endpoint,
-                remedy=f"{remedy} FOLDER sends text",
+                remedy=by_text if self._server.tokenizer else f"{by_ids} --tokenizer FOLDER sends text",
             )
 
     async def run(self, model: str) -> Driven:

@@ -75,11 +75,18 @@ class Asking:
         if server.chat and self._tokenizer is None:
             raise InputError("a chat is made of text", where="--chat", remedy="give --tokenizer FOLDER")
 
+    def first_prompt(self) -> NDArray[np.int32]:
+        """Of a request that tries whether the server takes prompts at all: the last id of the vocabulary, which a
+        smaller model has not; or a word. int32 [tokens]."""
+        if self._tokenizer is None:
+            return np.array([self._vocab_size - 1], np.int32)
+        return np.array(self._tokenizer.encode("Hello", add_special_tokens=False).ids, np.int32)
+
     def body(self, timed: TimedRequest) -> bytes:
         """The JSON of a request."""
         request = timed.request
-        ids = request.prompt.ids(self._vocab_size).tolist()
-        prompt = self._tokenizer.decode(ids, skip_special_tokens=True) if self._tokenizer else ids
+        ids = request.prompt.ids(self._vocab_size)
+        prompt = _text(self._tokenizer, ids) if self._tokenizer else ids.tolist()
         fields: dict[str, Any] = {
             "model": self._model,
             **({"messages": [{"role": "user", "content": prompt}]} if self._server.chat else {"prompt": prompt}),
@@ -105,6 +112,13 @@ class Asking:
         if not ids and self._tokenizer is not None:
             ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         return np.array(ids, np.int32) if ids else token_ids(oracle_key(self._seed, rid), 0, tokens, self._vocab_size)
+
+
+def _text(tokenizer: Any, ids: NDArray[np.int32]) -> str:
+    """As many tokens of text: where the scenario's model has more than the tokenizer, others stand for those."""
+    known = ids % tokenizer.get_vocab_size()
+    text: str = tokenizer.decode(known.tolist(), skip_special_tokens=True)
+    return text
 
 
 def _sampling(params: SamplingParams) -> dict[str, float]:
