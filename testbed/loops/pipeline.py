@@ -12,6 +12,9 @@ What one stage sends to the next, in every slot, in this order (the other loop i
 
 from __future__ import annotations
 
+from collections.abc import Coroutine
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -147,10 +150,9 @@ class HandedOn:
     def __init__(self, previous: Channel) -> None:
         self._previous = previous
 
-    async def recv(self, block: bool) -> tuple[int, list[Message]]:
+    def recv(self, block: bool) -> Coroutine[Any, Any, tuple[int, list[Message]]]:
         """See ports.Inbox: waits in any case."""
-        taken: tuple[int, list[Message]] = await self._previous.recv()
-        return taken
+        return self._previous.recv()
 
     def post_at(self, when_ns: int, message: Message) -> None:
         """See ports.Inbox: the first stage's timers wake all."""

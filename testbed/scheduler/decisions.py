@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from testbed.batch import Batch, ForwardMode
-from testbed.request import Request
+from testbed.request import ADVANCES, Request
 
 VERSION = 1
 HEADER = b"TBDL" + VERSION.to_bytes(2, "little")
@@ -38,6 +38,8 @@ class DecisionLog:
     def __init__(self) -> None:
         self._data = bytearray(HEADER)
         self._rows: Sequence[Request] | None = None
+        self._ranks: dict[int, tuple[Sequence[Request], bytes]] = {}
+        """The last rows of each micro-batch, and how they are logged: micro-batches take turns."""
 
     def append(self, batch: Batch) -> None:
         """Log a batch at its launch."""
@@ -59,12 +61,19 @@ class DecisionLog:
             parts = [(p.request.rank, p.prefix_tokens, p.new_tokens) for p in batch.prefills]
             data += np.array(parts, dtype="<u4").tobytes()
         if rows and not same:
-            data += batch.ranks.astype("<u4").tobytes()
+            data += self._logged_rows(batch)
             self._rows = decodes
         if batch.retracted:
             data += np.array([request.rank for request in batch.retracted], dtype="<u4").tobytes()
         for part in pages:
             data += part.tobytes()
+
+    def _logged_rows(self, batch: Batch) -> bytes:
+        micro_batch = batch.advance // ADVANCES
+        known = self._ranks.get(micro_batch)
+        if known is None or known[0] is not batch.decodes:
+            known = self._ranks[micro_batch] = batch.decodes, batch.ranks.astype("<u4").tobytes()
+        return known[1]
 
     def append_decodes(self, rows: int, pages: list[NDArray[np.int32]]) -> None:
         """Log decode steps of the same rows as the last one, by their new pages."""

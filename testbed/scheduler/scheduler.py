@@ -559,8 +559,8 @@ class Scheduler:
         else:
             batch.shape = BatchShape(new, prefix)
         rows_running = len(running.requests)
-        if self.micro_batch.others:
-            rows_running += sum(other.rows for other in self.micro_batch.others)
+        for other in self.micro_batch.others:
+            rows_running += other.rows
         batch.decided = (
             rows_running,
             len(self.waiting),
