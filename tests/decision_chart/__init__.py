@@ -1,0 +1,1 @@
+"""Which loop wins where, simulated: ``python -m tests.decision_chart`` writes ``reports/decision_chart``."""
