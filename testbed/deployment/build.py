@@ -18,6 +18,7 @@ from testbed.costs import (
     build_cost_model,
     build_host_profile,
     kv_capacity_tokens,
+    kv_page_bytes,
     load_device,
 )
 from testbed.engine.options import DeviceInfo
@@ -29,6 +30,7 @@ from testbed.scenario.errors import InputError
 from testbed.scenario.models import ModelSpec, load_model
 from testbed.scenario.plugins import is_plugin, load_callable, load_coroutine, own_faults
 from testbed.scenario.schema import EngineConfig, Scenario
+from testbed.scheduler.disaggregation import Terms
 from testbed.scheduler.scheduler import Checks, Scheduler
 from testbed.workload import Workload, build_workload
 
@@ -55,8 +57,14 @@ ALONE = Place()
 
 
 def places_of(scenario: Scenario) -> Iterator[Place]:
-    """Every loop that ``scenario`` asks for: the stages of the first replica, of the second, ..."""
-    parallel = scenario.engine.parallel
+    """Every loop that ``scenario`` asks for: the stages of the first replica, of the second, ...; or the prefill
+    engines, then the decode engines."""
+    parallel, parts = scenario.engine.parallel, scenario.disaggregation
+    if parts is not None:
+        for number in range(parts.prefill + parts.decode):
+            prefills = number < parts.prefill
+            yield Place(number, number - (0 if prefills else parts.prefill), "prefill" if prefills else "decode")
+        return
     for replica in range(parallel.dp):
         for stage in range(parallel.pp):
             yield Place(replica * parallel.pp + stage, replica, "null", stage, parallel.pp)
@@ -96,8 +104,7 @@ def build_engine(
     names = [place.name for place in places_of(scenario)]
     if len(names) > 1:
         raise InputError(
-            f"the scenario asks for {len(names)} loops ({', '.join(names[:3])}{', ...' if names[3:] else ''}); this takes "
-            "one",
+            f"the scenario asks for {len(names)} loops ({', '.join(names[:3])}{', ...' if names[3:] else ''}), not one",
             where="engine.parallel",
             remedy="use parallel: {pp: 1, dp: 1}; testbed simulate and testbed run --paced take several",
         )
@@ -127,7 +134,8 @@ def _build(
         context_length=context_length,
         seed=scenario.seed,
     )
-    scheduler = build_scheduler(config, setting, checks=checks, recorder=recorder or Recorder(place.number))
+    recorder, terms = recorder or Recorder(place.number), _terms(scenario, model, place)
+    scheduler = build_scheduler(config, setting, checks=checks, recorder=recorder, terms=terms)
     capacity_tokens = scheduler.memory.allocator.capacity_tokens
     return Engine(
         scenario=scenario,
@@ -177,10 +185,32 @@ def build_loop(config: EngineConfig, role: Role = "null") -> tuple[str, EventLoo
     return find_loop(config.loop, config.parallel.pp, role)
 
 
+def _terms(scenario: Scenario, model: ModelSpec, place: Place) -> Terms | None:
+    """What the half of a pair has to know; None for an engine that prefills and decodes."""
+    parts = scenario.disaggregation
+    if parts is None or place.role == "null":
+        return None
+    return Terms(
+        place.role,
+        place.name,
+        kv_bytes_per_token=kv_page_bytes(model, scenario.engine) // scenario.engine.page_size,
+        bootstrap_timeout_ns=int(parts.bootstrap_timeout_s * 1e9),
+        transfer_timeout_ns=int(parts.transfer_timeout_s * 1e9),
+        reserved_decode_tokens=parts.reserved_decode_tokens,
+        host_gb_per_s=parts.host_gb_per_s,
+    )
+
+
 def build_scheduler(
-    config: EngineConfig, setting: Setting, *, checks: Checks = "delta", recorder: Recorder | None = None
+    config: EngineConfig,
+    setting: Setting,
+    *,
+    checks: Checks = "delta",
+    recorder: Recorder | None = None,
+    terms: Terms | None = None,
 ) -> Scheduler:
-    """The scheduler of an engine. Its journal begins with ``setting``: what replaying needs beside the scenario."""
+    """The scheduler of an engine. Its journal begins with ``setting``: what replaying needs beside the scenario.
+    ``terms``: of one that prefills or decodes only."""
     recorder = recorder or Recorder()
     recorder.journal.setting = setting
     return Scheduler(
@@ -193,6 +223,7 @@ def build_scheduler(
         strategy=_own_strategy(config.batching),
         recorder=recorder,
         checks=checks,
+        terms=terms,
     )
 
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from testbed.costs import HostProfile
 from testbed.deployment.build import Engine
-from testbed.deployment.routed import build_router, reports_of, users_of
+from testbed.deployment.routed import build_front, build_links, reports_of, users_of
 from testbed.loops.base import LoopContext
 from testbed.runtime.channels import Ring
+from testbed.runtime.links import Port
 from testbed.runtime.paced import PacedDevice
 from testbed.runtime.traffic import Traffic
 from testbed.runtime.users import WorkloadUsers
@@ -26,10 +27,11 @@ class PacedDeployment:
         self._world = WallWorld(clock)
         self._users = WorkloadUsers(self._world, self.traffic)
         self._engines = engines
-        self._router = build_router(engines, clock.now_ns, self._world.at_rest)
+        self._front = build_front(engines, self._world, self._users, self._world.at_rest)
+        self._links = build_links(engines, self._world)
         stages = engines[0].scenario.engine.parallel.pp
         self._mailboxes = [
-            Mailbox(self._world, engine.place.name, users_of(engine, self._users, self._router)) for engine in engines
+            Mailbox(self._world, engine.place.name, users_of(engine, self._users, self._front)) for engine in engines
         ]
         self._runtimes = [
             self._runtime(engine, mailbox, clock, inject, stages)
@@ -47,7 +49,10 @@ class PacedDeployment:
         device = PacedDevice(clock, engine.cost_model, oracle, activation_ns=engine.cost_model.activation_ns)
         kind = runtime_for(engine.loop)
         runtime = kind(clock=clock, device=device, recorder=engine.recorder, clients=mailbox, inject=inject)
-        runtime.reports = reports_of(engine, self._router, clock.now_ns)
+        runtime.reports = reports_of(engine, self._front, clock.now_ns)
+        if self._links is not None:
+            runtime.peers = Port(self._links, engine.place.name, clock.now_ns, self._world.at_rest)
+            self._links.connect(engine.place.name, mailbox.deliver)
         return runtime
 
     def _connect(self, ring: range) -> None:
@@ -69,8 +74,8 @@ class PacedDeployment:
             if not engine.place.stage
         ]
         self._users.submit = inboxes[0]
-        if self._router is not None:
-            self._router.inboxes, self._users.submit = inboxes, self._router.submit
+        if self._front is not None:
+            self._front.inboxes, self._users.submit = inboxes, self._front.submit
         for engine, runtime, channel in zip(self._engines, self._runtimes, self._next, strict=True):
             loop = engine.loop(LoopContext(engine.scheduler, runtime))
             self._world.start(engine.place.name, loop, channel.close if channel else lambda: None)

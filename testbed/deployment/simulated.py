@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from testbed.deployment.build import Engine
-from testbed.deployment.routed import build_router, reports_of, users_of
+from testbed.deployment.routed import build_front, build_links, reports_of, users_of
 from testbed.loops.base import LoopContext
 from testbed.runtime.channels import connect_stages
 from testbed.runtime.leap import LEAPING, Leaper
+from testbed.runtime.links import Port
 from testbed.runtime.traffic import Traffic
 from testbed.runtime.users import WorkloadUsers
 from testbed.runtime.virtual import VirtualRuntime
@@ -27,7 +28,8 @@ class Simulation:
         self._world = World()
         self._users = WorkloadUsers(self._world, self.traffic)
         self._engines = engines
-        self._router = build_router(engines, lambda: int(self._world.env.now))
+        self._front = build_front(engines, self._world, self._users)
+        self._links = build_links(engines, self._world)
         stages = engines[0].scenario.engine.parallel.pp
         self._runtimes = [self._runtime(engine, stages) for engine in engines]
         if leap and stages == 1:
@@ -41,14 +43,17 @@ class Simulation:
     def _runtime(self, engine: Engine, stages: int) -> VirtualRuntime:
         runtime = VirtualRuntime(
             world=self._world,
-            users=users_of(engine, self._users, self._router),
+            users=users_of(engine, self._users, self._front),
             cost_model=engine.cost_model,
             host=engine.host,
             recorder=engine.recorder,
             oracle=engine.oracle if engine.place.stage == stages - 1 else None,
             activation_ns=engine.cost_model.activation_ns,
         )
-        runtime.reports = reports_of(engine, self._router, lambda: runtime.local_ns)
+        runtime.reports = reports_of(engine, self._front, lambda: runtime.local_ns)
+        if self._links is not None:
+            runtime.peers = Port(self._links, engine.place.name, lambda: runtime.local_ns)
+            self._links.connect(engine.place.name, runtime.deliver)
         return runtime
 
     def run(self) -> None:
@@ -59,8 +64,8 @@ class Simulation:
             if not engine.place.stage
         ]
         self._users.submit = inboxes[0]
-        if self._router is not None:
-            self._router.inboxes, self._users.submit = inboxes, self._router.submit
+        if self._front is not None:
+            self._front.inboxes, self._users.submit = inboxes, self._front.submit
         for engine, runtime in zip(self._engines, self._runtimes, strict=True):
             self._world.start(engine.place.name, engine.loop(LoopContext(engine.scheduler, runtime)))
         self._users.start()

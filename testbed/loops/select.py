@@ -6,11 +6,13 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Literal
 
 from testbed.loops.base import LoopContext
+from testbed.loops.decode import event_loop_normal_decode, event_loop_overlap_decode
 from testbed.loops.normal import event_loop_normal
 from testbed.loops.overlap import event_loop_overlap
 from testbed.loops.overlap_suspended import event_loop_overlap_suspended
 from testbed.loops.overlap_thread import event_loop_overlap_thread
 from testbed.loops.pipeline import event_loop_pipeline, event_loop_pipeline_async
+from testbed.loops.prefill import event_loop_normal_prefill, event_loop_overlap_prefill
 from testbed.scenario.errors import InputError
 
 EventLoop = Callable[[LoopContext], Coroutine[Any, Any, None]]
@@ -23,6 +25,10 @@ LOOPS: dict[str, EventLoop] = {
     "overlap_suspended": event_loop_overlap_suspended,
     "pipeline": event_loop_pipeline,
     "pipeline_async": event_loop_pipeline_async,
+    "normal_prefill": event_loop_normal_prefill,
+    "overlap_prefill": event_loop_overlap_prefill,
+    "normal_decode": event_loop_normal_decode,
+    "overlap_decode": event_loop_overlap_decode,
 }
 
 

@@ -5,8 +5,8 @@ adapter; then one latency passes. Transfers that meet share a link fairly (max-m
 who gets less could have it. A message without KV waits for nobody and takes the latency alone.
 
 Work is counted in 2**-32 bytes and rates in such units a nanosecond, all integers, rates rounded down; whoever ends,
-ends at a whole nanosecond. So a transfer differs from the exact fluid model by about a nanosecond for each start and end
-of others on its way, if it lasts no longer than a second at a byte a nanosecond or more.
+ends at a whole nanosecond. So a transfer differs from the exact fluid model by about a nanosecond for each start and
+end of others on its way, if it lasts no longer than a second at a byte a nanosecond or more.
 """
 
 from __future__ import annotations

@@ -16,6 +16,10 @@ class Timeline(Protocol):
     open_requests: Callable[[], int]
     """Requests that were sent and have not ended."""
 
+    def now_ns(self) -> int:
+        """The time."""
+        ...
+
     def at(self, when_ns: int, action: Callable[[], None]) -> None:
         """Call ``action`` at ``when_ns``; now, if that is past."""
         ...

@@ -42,6 +42,10 @@ class WallWorld:
 
     # -- for whoever builds a deployment ------------------------------------------------------------------------------
 
+    def now_ns(self) -> int:
+        """The clock's time."""
+        return self.clock.now_ns()
+
     def at(self, when_ns: int, action: Callable[[], None]) -> None:
         """Call ``action`` at ``when_ns``, while nothing else happens."""
 

@@ -32,6 +32,10 @@ class World:
         self._loops: list[tuple[str, Coroutine[Any, Any, None]]] = []
         self._failure: BaseException | None = None
 
+    def now_ns(self) -> int:
+        """SimPy's time: no loop is behind it."""
+        return int(self.env.now)
+
     def at(self, when_ns: int, action: Callable[[], None]) -> None:
         """Call ``action`` at ``when_ns`` (now, if that is past), before any loop wakes at that instant."""
         event = simpy.Event(self.env)

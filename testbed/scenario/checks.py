@@ -21,8 +21,13 @@ class Problem(NamedTuple):
 def find_problems(scenario: Scenario, written: Mapping[str, Any]) -> tuple[list[Problem], list[Problem]]:
     """Errors and warnings. ``written`` is the data as the user wrote it, completed by the engine preset."""
     engine = scenario.engine
-    of_engine = (*_loop_conflicts(engine), *_engine_conflicts(engine), *_parallel_conflicts(engine))
-    errors = [*of_engine, *_measure_conflicts(scenario)]
+    errors = [
+        *_loop_conflicts(engine),
+        *_disaggregation_conflicts(scenario),
+        *_engine_conflicts(engine),
+        *_parallel_conflicts(engine),
+        *_measure_conflicts(scenario),
+    ]
     return errors, list(_without_effect(engine, written.get("engine", {})))
 
 
@@ -41,6 +46,22 @@ def _loop_conflicts(engine: EngineConfig) -> Iterator[Problem]:
             f"the {loop} loop is that of a pipeline, and there is one stage",
             "use parallel: {pp: 2} or more, or loop: auto, normal or overlap",
         )
+
+
+def _disaggregation_conflicts(scenario: Scenario) -> Iterator[Problem]:
+    engine, parts = scenario.engine, scenario.disaggregation
+    if parts is None:
+        return
+    if engine.loop not in ("auto", "normal", "overlap"):
+        message = f"the {engine.loop} loop is none of a prefill or a decode engine"
+        yield Problem(("engine", "loop"), message, "use auto, normal or overlap, or leave disaggregation out")
+    for name, what in (("pp", "pipeline stages"), ("dp", "replicas")):
+        if (count := getattr(engine.parallel, name)) > 1:
+            message = f"{count} {what} do not go with disaggregation"
+            yield Problem(("engine", "parallel", name), message, f"use {name}: 1; disaggregation counts its engines")
+    if engine.batching != "prefill_first":
+        message = f"batching {engine.batching} mixes what disaggregation keeps apart"
+        yield Problem(("engine", "batching"), message, "use prefill_first, or leave disaggregation out")
 
 
 def _engine_conflicts(engine: EngineConfig) -> Iterator[Problem]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from testbed.scenario.base import Model, NonNegativeFloat, NonNegativeInt, PluginPath, PositiveFloat, PositiveInt
+from testbed.scenario.disaggregation import Disaggregation
 from testbed.scenario.experts import Experts
 from testbed.scenario.routing import Routing
 from testbed.scenario.workload import WorkloadConfig
@@ -165,6 +166,8 @@ class Scenario(Model):
     engine: EngineConfig = EngineConfig()
     workload: WorkloadConfig
     routing: Routing = Routing()
+    disaggregation: Disaggregation | None = None
+    """None: every engine prefills and decodes."""
     measure: Measure = Measure()
     slo: Slo = Slo()
     percentiles: tuple[Annotated[float, Field(gt=0, lt=100)], ...] = (50, 90, 95, 99)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from testbed.scenario.disaggregation import Disaggregation, Link
 from testbed.scenario.experts import Experts
 from testbed.scenario.load import load_scenario
 from testbed.scenario.routing import Routing
@@ -14,7 +15,8 @@ PAGE = (Path(__file__).parents[2] / "docs" / "scenario.md").read_text(encoding="
 
 
 @pytest.mark.parametrize(
-    "model", [Scenario, EngineConfig, Rules, Parallel, Measure, Slo, ConstantDevice, Experts, Routing]
+    "model",
+    [Scenario, EngineConfig, Rules, Parallel, Measure, Slo, ConstantDevice, Experts, Routing, Disaggregation, Link],
 )
 def test_every_field_is_documented(model: type[Scenario]) -> None:
     assert [name for name in model.model_fields if name not in PAGE] == []
