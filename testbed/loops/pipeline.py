@@ -58,7 +58,7 @@ async def event_loop_pipeline(loop: LoopContext) -> None:
 async def event_loop_pipeline_async(loop: LoopContext) -> None:
     """As SGLang since December 2025: everything is sent as soon as it is there, activations before they are computed,
     so that a stage's device finds its next step launched; the last stage launches before it waits for the tokens of
-    the slot before."""
+    the slot before, and does not wait for them to come round to it."""
     stage = PipelineStage(loop)
     while True:
         for m in range(stage.stages):
@@ -74,8 +74,8 @@ async def event_loop_pipeline_async(loop: LoopContext) -> None:
             elif before:
                 stage.next.send(await before.done())
             if following := stage.turn_to((m + 1) % stage.stages):
-                following.drawn = await stage.previous.recv()
-                if not stage.is_last:
+                following.drawn = await (following.done() if stage.is_last else stage.previous.recv())
+                if stage.place < stage.stages - 2:
                     stage.next.send(following.drawn)
                 await stage.process_batch_result(following.batch, following)
         if not any(stage.slots):
@@ -93,7 +93,7 @@ class PipelineStage(LoopContext):
     def __init__(self, loop: LoopContext) -> None:
         super().__init__(loop.scheduler, loop)
         ring = self.neighbours
-        self.stages, self.previous, self.next = ring.stages, ring.previous, ring.next
+        self.place, self.stages, self.previous, self.next = ring.stage, ring.stages, ring.previous, ring.next
         self.is_first, self.is_last = ring.stage == 0, ring.stage == ring.stages - 1
         self.slots: list[Launched | None] = [None] * ring.stages
         """What each micro-batch launched at its last turn."""
@@ -130,7 +130,7 @@ class PipelineStage(LoopContext):
             step = scheduler.steps - bool(self.decided)
             before = scheduler.decision_log.bytes()[: self._logged - len(self.decided)]
             decisions = [decision_at(before + part, step) for part in (self.decided, theirs)]
-            raise StagesDisagree(self.neighbours.stage, step, *decisions)
+            raise StagesDisagree(self.place, step, *decisions)
         return activations
 
     async def launch(self, batch: Batch, after: object) -> Launched:
