@@ -1,0 +1,88 @@
+"""The router of pairs, by itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from testbed.messages import AbortRequest, GenerateRequest, RequestOutput, TokenPrompt
+from testbed.routing.pairs import PairRouter, Step
+
+PREFILLS, DECODES = ["p0", "p1"], ["d0", "d1", "d2"]
+
+
+def request(rid: str) -> GenerateRequest:
+    return GenerateRequest(rid, TokenPrompt(np.arange(5)), 3)
+
+
+def output(rid: str, status: int = 200, tokens: int = 3) -> RequestOutput:
+    reason = "length" if status == 200 else "error"
+    return RequestOutput(rid, reason, "", status, 5, 0, np.arange(tokens, dtype=np.int32))
+
+
+def sent(step: Step) -> tuple[str, str]:
+    """The engines that a request went to."""
+    assert not step.answers
+    (prefill, one), (decode, other) = step.sent
+    assert isinstance(one, GenerateRequest) and one == other and one.pair is not None
+    assert (one.pair.prefill, one.pair.decode) == (prefill, decode)
+    return prefill, decode
+
+
+def test_pairs_are_drawn_alike_and_rooms_once() -> None:
+    router = PairRouter(PREFILLS, DECODES, 7)
+    steps = [router.submit(request(f"r{i}")) for i in range(1200)]
+    pairs = Counter(map(sent, steps))
+    assert len(pairs) == 6 and all(140 < count < 260 for count in pairs.values())
+    rooms = [message.pair.room for step in steps for _, message in step.sent[:1]]  # type: ignore[union-attr]
+    assert len(set(rooms)) == 1200
+    again = PairRouter(PREFILLS, DECODES, 7)
+    assert [sent(again.submit(request(f"r{i}"))) for i in range(20)] == [sent(step) for step in steps[:20]]
+    assert not {*rooms} & {router._next_room for router in (PairRouter(PREFILLS, DECODES, seed) for seed in range(6))}
+
+
+def test_the_decode_engines_answer_counts_once() -> None:
+    router = PairRouter(PREFILLS, DECODES, 0)
+    prefill, decode = sent(router.submit(request("r")))
+    other = next(name for name in DECODES if name != decode)
+    assert router.ended(prefill, output("r", tokens=1)) == Step([], [])
+    assert router.ended(other, output("r")) == Step([], [])
+    answer = output("r")
+    assert router.ended(decode, answer).answers == [answer]
+    assert router.ended(decode, answer) == Step([], [])
+
+
+def test_a_prefill_half_that_fails_before_its_token_is_the_answer() -> None:
+    """The decode half may have been lost; one that has all it needs goes on, though its word was lost."""
+    router = PairRouter(PREFILLS, DECODES, 0)
+    prefill, decode = sent(router.submit(request("r")))
+    late = output("r", 504, tokens=1)
+    assert router.ended(prefill, late) == Step([], [])
+    failure = output("r", 504, tokens=0)
+    step = router.ended(prefill, failure)
+    assert step.answers == [failure] and step.sent == [(decode, AbortRequest("r"))]
+    assert router.ended(decode, output("r", 499)) == Step([], [])
+
+
+def test_aborts_go_to_both_halves_and_ids_are_open_once() -> None:
+    router = PairRouter(PREFILLS, DECODES, 0)
+    prefill, decode = sent(router.submit(request("r")))
+    twice = router.submit(request("r"))
+    assert not twice.sent and [answer.status for answer in twice.answers] == [400]
+    abort = AbortRequest("r")
+    assert router.abort(abort).sent == [(prefill, abort), (decode, abort)]
+    assert router.abort(AbortRequest("nobody")) == Step([], [])
+    everybody = AbortRequest(abort_all=True)
+    assert router.abort(everybody).sent == [(name, everybody) for name in [*PREFILLS, *DECODES]]
+
+
+def test_the_loss_of_an_engine_is_answered() -> None:
+    router = PairRouter(PREFILLS, DECODES, 0)
+    at = {f"r{i}": sent(router.submit(request(f"r{i}"))) for i in range(40)}
+    assert router.lost("p0") == Step([], [])
+    step = router.lost("d0")
+    mine = [rid for rid, (_, decode) in at.items() if decode == "d0"]
+    assert [(answer.rid, answer.status) for answer in step.answers] == [(rid, 502) for rid in mine]
+    assert step.sent == [(at[rid][0], AbortRequest(rid)) for rid in mine]
+    assert router.lost("d0") == Step([], [])
