@@ -28,6 +28,8 @@ from testbed.server.wire import Delta
 
 INLINE_BYTES = 16 << 10
 """A longer body is parsed, and longer text tokenised, in a thread: others are not to wait for it."""
+VALUE_BYTES = 64
+"""Of a log-probability in a reply: as JSON it is at least so long. Replies with many are written in a thread too."""
 CLOSED_REQUEST = 499
 """The status of a reply that nobody reads (nginx's)."""
 
@@ -244,10 +246,15 @@ class Reply(Response):
             self.end()
 
     async def _send_whole(self, send: Send) -> None:
-        body = msgspec.json.encode(self._form.whole())
+        choices = self._asked.choices
+        values = sum(len(choice.logprobs) * (1 + choice.generation.top_logprobs) for choice in choices)
+        body: bytes = await _aside(values * VALUE_BYTES, self._whole)
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await _send_part(send, body, more=False)
+
+    def _whole(self) -> bytes:
+        return msgspec.json.encode(self._form.whole())
 
     async def _send_stream(self, send: Send) -> None:
         headers = [

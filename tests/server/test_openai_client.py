@@ -245,3 +245,16 @@ def test_token_ids_come_beside_the_text(client: openai.OpenAI, stream: bool) -> 
     for index, one in enumerate(chat.choices):
         name = f"c:{index}" if index else "c"
         assert one.model_extra and one.model_extra["token_ids"] in [oracle_ids(f"{w}:{name}", 9) for w in range(2)]
+
+
+def test_a_reply_with_many_logprobs_is_as_one_with_few(tiny_client: openai.OpenAI) -> None:
+    """It is written in a thread, so that others do not wait."""
+    few, many = (
+        tiny_client.completions.create(
+            model="tiny", prompt="say", max_tokens=tokens, logprobs=20, temperature=0, extra_body={"ignore_eos": True}
+        ).choices[0]
+        for tokens in (4, 60)
+    )
+    assert few.logprobs and many.logprobs and few.logprobs.tokens and many.logprobs.tokens
+    assert many.logprobs.tokens[:4] == few.logprobs.tokens and len(many.logprobs.tokens) == 60
+    assert many.text.startswith(few.text) and "".join(many.logprobs.tokens) == many.text
