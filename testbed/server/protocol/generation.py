@@ -143,7 +143,7 @@ def _check_prompt(prompt: NDArray[np.int32], generation: Generation, name: str, 
         raise ApiError(f"{name} has no tokens; send some text.", param=name)
     if len(prompt) + wanted > served.context_tokens:
         message = (
-            f"The context takes {served.context_tokens} tokens of prompt and output together; the prompt has {len(prompt)} and "
+            f"The context takes {served.context_tokens} tokens, prompt and output; the prompt has {len(prompt)} and "
             f"{wanted} were asked for. Shorten the prompt or ask for fewer tokens."
         )
         raise ApiError(message, param=name, code="context_length_exceeded")
