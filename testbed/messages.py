@@ -188,6 +188,8 @@ class RoomAsked(_BetweenEngines, frozen=True):
     page_size: int
     kv_bytes_per_token: int
     """Both sides' layouts of KV must be the same."""
+    stages: int = 1
+    """Each of them sends its own layers' KV."""
 
 
 class RoomReserved(_BetweenEngines, frozen=True, eq=False):
@@ -204,14 +206,17 @@ class KvChunk(_BetweenEngines, frozen=True, eq=False):
     """
 
     index: int
-    """Number of the chunk in its room, from 0."""
+    """Number of the chunk in its room, and from its stage, from 0."""
     start: int
     tokens: int
     source_pages: NDArray[np.int32]
     """Where it lies: int32 [ceil(tokens / page size)]."""
     pages: NDArray[np.int32]
     """Where it goes: int32, as many."""
+    stage: int = 0
+    """Of the prefill engine's pipeline, whose layers' KV this is."""
     last: bool = False
+    """Of its stage."""
     token_id: int = -1
     """The first output token."""
     stopped: bool = False

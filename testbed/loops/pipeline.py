@@ -12,7 +12,7 @@ What one stage sends to the next, in every slot, in this order (the other loop i
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import numpy as np
@@ -26,10 +26,12 @@ from testbed.scenario.errors import InputError
 from testbed.scheduler.decisions import HEADER, Decision, decision_at
 
 
-async def event_loop_pipeline(loop: LoopContext) -> None:
+async def event_loop_pipeline(
+    loop: LoopContext, stage_of: Callable[[LoopContext], PipelineStage] | None = None
+) -> None:
     """Blocking, as SGLang 0.5.1: what a device makes is waited for, then sent; a stage behind the first waits for it
-    before it launches."""
-    stage = PipelineStage(loop)
+    before it launches. ``stage_of``: None: ``PipelineStage``."""
+    stage = (stage_of or PipelineStage)(loop)
     carried: StepResult | None = None
     while True:
         for m in range(stage.stages):

@@ -1,4 +1,4 @@
-"""The loops of a prefill engine (specification A.4, A.5): it computes prompts and never decodes.
+"""The loops of a prefill engine (specification A.4 to A.6): it computes prompts and never decodes.
 
 What SGLang polls every iteration, the answers and acknowledgements of the other side, are messages here and handled
 where messages are: so its last stage, the queue of requests in flight, comes with the next ``recv_requests``.
@@ -11,6 +11,7 @@ from collections import deque
 from testbed.batch import Batch
 from testbed.loops.base import LoopContext
 from testbed.loops.disaggregation import pop_bootstrapped, tell_peers
+from testbed.loops.pipeline import PipelineStage, event_loop_pipeline
 from testbed.ports import Pending
 
 
@@ -41,3 +42,27 @@ async def event_loop_overlap_prefill(loop: LoopContext) -> None:
         elif not batch:
             loop.self_check_during_idle()
         tell_peers(loop)
+
+
+async def event_loop_pipeline_prefill(loop: LoopContext) -> None:
+    """Each stage sends the KV of its own layers; the first one speaks for all.
+
+    SGLang's stages agree on who is bootstrapped, and on whose transfer has ended, by passing lists round the ring. Here
+    both are messages to the first stage, which all others handle in the same slot; an acknowledgement comes once, when
+    the other side has every stage's part.
+    """
+    await event_loop_pipeline(loop, PrefillStage)
+
+
+class PrefillStage(PipelineStage):
+    """A stage of a prefill engine."""
+
+    async def recv_requests(self, block: bool) -> None:
+        """See LoopContext."""
+        await super().recv_requests(block)
+        pop_bootstrapped(self)
+
+    async def process_batch_result(self, batch: Batch, pending: Pending) -> None:
+        """See LoopContext."""
+        await super().process_batch_result(batch, pending)
+        tell_peers(self)

@@ -19,7 +19,11 @@ from testbed.costs import constant_host
 from testbed.costs.model import ConstantCostModel
 from testbed.loops.base import LoopContext
 from testbed.loops.decode import event_loop_normal_decode, event_loop_overlap_decode
-from testbed.loops.prefill import event_loop_normal_prefill, event_loop_overlap_prefill
+from testbed.loops.prefill import (
+    event_loop_normal_prefill,
+    event_loop_overlap_prefill,
+    event_loop_pipeline_prefill,
+)
 from testbed.messages import (
     AbortRequest,
     ControlOutput,
@@ -33,6 +37,7 @@ from testbed.metrics import laws
 from testbed.metrics.recorder import Recorder
 from testbed.request import Request
 from testbed.routing.pairs import PairRouter, Step
+from testbed.runtime.channels import connect_stages
 from testbed.runtime.links import Faults, Links, LinkSpec, Port
 from testbed.runtime.oracle import Oracle
 from testbed.runtime.virtual import VirtualRuntime
@@ -46,10 +51,12 @@ from tests.properties.world import DEVICE, VOCABULARY, Job, engine
 LOOPS = {
     ("prefill", "normal"): event_loop_normal_prefill,
     ("prefill", "overlap"): event_loop_overlap_prefill,
+    ("prefill", "pipeline"): event_loop_pipeline_prefill,
     ("decode", "normal"): event_loop_normal_decode,
     ("decode", "overlap"): event_loop_overlap_decode,
 }
 DESIGNS = ("normal", "overlap")
+CHANNEL_NS = 200
 LINK = LinkSpec(gb_per_s=1.0, latency_ns=500)
 SECOND = 10**9
 TIMEOUT = SECOND // 100
@@ -74,16 +81,20 @@ class NodeRuntime(VirtualRuntime):
 
 
 class Node:
-    """One engine, from its start to its death."""
+    """One engine, from its start to its death; of a pipeline, one stage."""
 
-    def __init__(self, deployment: Deployment, role: str, number: int, epoch: int, config: EngineConfig) -> None:
+    def __init__(
+        self, deployment: Deployment, role: str, number: int, epoch: int, config: EngineConfig, stage: int = 0
+    ) -> None:
         self.deployment = deployment
         self.role, self.name, self.epoch = role, f"{role} {number}", epoch
+        self.config, self.stage = config, stage
         self.alive = True
         self.iterations = 0
         setup = deployment.setup
         self.recorder = Recorder()
         kv_tokens = setup.prefill_tokens if role == "prefill" else setup.decode_tokens
+        stages = setup.stages if role == "prefill" else 1
         self.scheduler = Scheduler(
             config,
             kv_tokens=kv_tokens,
@@ -91,25 +102,29 @@ class Node:
             vocab_size=VOCABULARY,
             recorder=self.recorder,
             checks="full",
-            terms=Terms(role, self.name, epoch, **setup.terms),  # type: ignore[arg-type]
+            terms=Terms(role, self.name, epoch, stage=stage, stages=stages, **setup.terms),  # type: ignore[arg-type]
         )
         slots = self.scheduler.memory.slots.count
-        self.contents = KvContents(config.page_size)
+        self.layers = [KvContents(config.page_size) for _ in range(1 if role == "prefill" else setup.stages)]
+        """What lies in its layers, by the prefill engine's stage whose they are there."""
         self.runtime = NodeRuntime(
             world=deployment.world,
-            users=self,
+            users=None if stage else self,
             cost_model=ConstantCostModel(setup.device if role == "prefill" else setup.decode_device),
             host=constant_host(setup.host_ns),
             recorder=self.recorder,
-            oracle=Oracle(setup.seed, VOCABULARY, slots, stop_at=deployment.stop_at),
+            oracle=Oracle(setup.seed, VOCABULARY, slots, stop_at=deployment.stop_at) if stage == stages - 1 else None,
         )
         self.runtime.node = self
-        self.runtime.peers = Port(deployment.links, self.name, lambda: self.runtime.local_ns)
-        deployment.links.connect(self.name, self.arrive)
+        self.adapter = f"{self.name} stage {stage}" if stage else self.name
+        self.runtime.peers = Port(deployment.links, self.adapter, lambda: self.runtime.local_ns)
+        deployment.links.connect(self.adapter, self.arrive)
         if self.scheduler.decode_side is not None:
             self._watch_host_copies()
-        loop = LOOPS[role, config.loop]
-        deployment.world.start(self.name, loop(LoopContext(self.scheduler, self.runtime)))
+
+    def start(self) -> None:
+        loop = LOOPS[self.role, self.config.loop]
+        self.deployment.world.start(self.name, loop(LoopContext(self.scheduler, self.runtime)))
 
     # -- what its loop says and hears ---------------------------------------------------------------------------
 
@@ -151,8 +166,16 @@ class Node:
         for (request, start, end, pages), slot in zip(rows, slots, strict=True):
             own = self.deployment.fingerprints_of(request.rid)
             if request.finish_reason is None and request.slot == slot:
-                self.contents.expect(f"{self.name}, {request.rid}", self.contents.places(pages, 0, start), own[:start])
-            self.contents.write(self.contents.places(pages, start, end), own[start:end])
+                self.expect(f"{self.name}, {request.rid}", pages, own[:start])
+            self.write(pages, start, own[start:end])
+
+    def expect(self, who: str, pages: Sequence[int], values: Sequence[int]) -> None:
+        for contents in self.layers:
+            contents.expect(who, contents.places(pages, 0, len(values)), values)
+
+    def write(self, pages: Sequence[int], start: int, values: Sequence[int]) -> None:
+        for contents in self.layers:
+            contents.write(contents.places(pages, start, start + len(values)), values)
 
     @property
     def page_size(self) -> int:
@@ -166,13 +189,14 @@ class Node:
             return
         if chunk.room not in side.transfer and chunk.room not in side.aside:
             return
-        source = self.deployment.engines[chunk.sender, chunk.epoch]
         count = len(chunk.pages) * self.page_size
-        places = self.contents.places(chunk.pages.tolist(), 0, count)
-        values = [GARBAGE] * count
-        if chunk.checksum == chunk_checksum(chunk):
-            values = source.contents.read(source.contents.places(chunk.source_pages.tolist(), 0, count))
-        self.contents.write(places, values)
+        if chunk.checksum != chunk_checksum(chunk):
+            self.write(chunk.pages.tolist(), 0, [GARBAGE] * count)
+            return
+        source = self.deployment.engines[chunk.sender, chunk.epoch, chunk.stage].layers[0]
+        values = source.read(source.places(chunk.source_pages.tolist(), 0, count))
+        contents = self.layers[chunk.stage]
+        contents.write(contents.places(chunk.pages.tolist(), 0, count), values)
 
     def _watch_host_copies(self) -> None:
         side, memory = self.scheduler.decode_side, self.scheduler.memory
@@ -188,16 +212,14 @@ class Node:
             save(request, outputs)
             count = len(request.fill_ids)
             own = self.deployment.fingerprints_of(request.rid)
-            places = self.contents.places(dropped[request.rank], 0, count)
-            self.contents.expect(f"{self.name}, {request.rid} to the host", places, own[:count])
+            self.expect(f"{self.name}, {request.rid} to the host", dropped[request.rank], own[:count])
 
         def taking(request: Request, tokens: int) -> Any:
             pages = take(request, tokens)
             if request.sampled:  # back from the host, in the order of the device's stream
                 own = self.deployment.fingerprints_of(request.rid)[:tokens]
-                places = self.contents.places(pages.tolist(), 0, tokens)
                 when = max(self.runtime.device_free_ns, self.runtime.local_ns)
-                self.deployment.world.at(when, lambda: self.contents.write(places, own))
+                self.deployment.world.at(when, lambda: self.write(pages.tolist(), 0, own))
             return pages
 
         memory.drop, side.save, side._take_memory = dropping, saving, taking  # type: ignore[method-assign]
@@ -209,6 +231,8 @@ class Setup:
 
     prefills: int = 1
     decodes: int = 1
+    stages: int = 1
+    """Of each prefill engine."""
     prefill_loop: str = "normal"
     decode_loop: str = "normal"
     prefill_tokens: int = 4096
@@ -224,8 +248,10 @@ class Setup:
     seed: int = 0
 
     def config(self, role: str) -> EngineConfig:
-        loop = self.prefill_loop if role == "prefill" else self.decode_loop
-        return engine(**{"loop": loop, **self.engine, **(self.decode_engine if role == "decode" else {})})
+        if role == "decode":
+            return engine(**{"loop": self.decode_loop, **self.engine, **self.decode_engine})
+        loop = "pipeline" if self.stages > 1 else self.prefill_loop
+        return engine(**{"loop": loop, "parallel": {"pp": self.stages}, **self.engine})
 
 
 Action = Callable[["Deployment"], None]
@@ -259,8 +285,8 @@ class Deployment:
         self.world.open_requests = lambda: self.sent - len(self.answers)
         self.nodes: dict[str, Node] = {}
         """The engines that there are, by name."""
-        self.engines: dict[tuple[str, int], Node] = {}
-        """And those that there were, by name and epoch."""
+        self.engines: dict[tuple[str, int, int], Node] = {}
+        """And those that there were, by name, epoch and stage."""
         self._fingerprints: dict[str, list[int]] = {}
         names = {}
         for role, count in (("prefill", setup.prefills), ("decode", setup.decodes)):
@@ -305,8 +331,10 @@ class Deployment:
         node = self.nodes[name]
         if not node.alive:
             return
-        node.alive = False
-        self.links.kill(name)
+        for other in self.engines.values():
+            if (other.name, other.epoch) == (name, node.epoch):
+                other.alive = False
+                self.links.kill(other.adapter)
         self._carry(self.router.lost(name))
 
     def restart(self, name: str) -> None:
@@ -315,8 +343,14 @@ class Deployment:
         self._start(old.role, number, old.epoch + 1)
 
     def _start(self, role: str, number: int, epoch: int) -> None:
-        node = Node(self, role, number, epoch, self.setup.config(role))
-        self.nodes[node.name] = self.engines[node.name, epoch] = node
+        stages = self.setup.stages if role == "prefill" else 1
+        built = [Node(self, role, number, epoch, self.setup.config(role), stage) for stage in range(stages)]
+        if stages > 1:
+            connect_stages([node.runtime for node in built], CHANNEL_NS)
+        self.nodes[built[0].name] = built[0]
+        for node in built:
+            self.engines[node.name, epoch, node.stage] = node
+            node.start()
 
     # -- what should be ---------------------------------------------------------------------------------------------
 
@@ -347,10 +381,14 @@ class Deployment:
                 assert answer.finish_reason == ("length" if len(answer.output_ids) == limit else "stop"), answer.rid
             else:
                 assert answer.message and len(answer.output_ids) <= job.outputs
-        for node in self.nodes.values():
-            if node.alive:
+        for node in self.engines.values():
+            if node.alive and node.epoch == self.nodes[node.name].epoch:
                 _drained(node)
                 _times_add_up(node)
+        for (name, epoch, stage), node in self.engines.items():
+            if stage and node.alive:
+                first = self.engines[name, epoch, 0].scheduler.decision_log.bytes()
+                assert node.scheduler.decision_log.bytes() == first, f"{name}: stage {stage} decides otherwise"
         return self
 
 

@@ -30,12 +30,14 @@ LATER = [job._replace(rid=f"{job.rid} later", arrival_ns=job.arrival_ns + 6 * TI
 """When all leases are over and everybody is back: these must be served."""
 END_NS = 150_000
 """Beyond which a run without faults has nothing left to do."""
-PAIRS = [(prefill, decode) for prefill in DESIGNS for decode in DESIGNS]
+PAIRS = [(prefill, decode) for prefill in (*DESIGNS, "pipeline") for decode in DESIGNS]
+"""Of loops; the pipeline has two stages."""
 cell = pytest.mark.parametrize(("prefill", "decode"), PAIRS)
 
 
 def setup_of(prefill: str, decode: str) -> Setup:
     return Setup(
+        stages=2 if prefill == "pipeline" else 1,
         prefill_loop=prefill,
         decode_loop=decode,
         prefill_tokens=128,
@@ -91,12 +93,11 @@ def test_x5_slow_and_reordered_messages(prefill: str, decode: str) -> None:
     """Decoding starts when all is there, whatever comes first."""
     delayed = 0
     for number in range(len(kinds(prefill, decode))):
-        for delay_ns in (3_000, 40_000):
-            faults = ScriptedFaults({number: Fault(delay_ns=delay_ns)})
-            deployment = faulted(prefill, decode, JOBS, faults=faults)
-            assert failed(deployment) == 0
-            delayed += deployment.links.counts["delayed"]
-    for seed in range(8):
+        faults = ScriptedFaults({number: Fault(delay_ns=40_000)})
+        deployment = faulted(prefill, decode, JOBS, faults=faults)
+        assert failed(deployment) == 0
+        delayed += deployment.links.counts["delayed"]
+    for seed in range(5):
         deployment = faulted(prefill, decode, faults=DrawnFaults(seed, jitter_ns=50_000))
         assert failed(deployment) == 0
         delayed += deployment.links.counts["delayed"]
@@ -112,7 +113,7 @@ def test_x6_lost_and_doubled_messages(prefill: str, decode: str) -> None:
         assert failed(deployment) <= 1
         met["lost"] += deployment.links.counts["lost"]
         met["failed"] += failed(deployment)
-        for late_ns in (0, 30_000, TIMEOUT // 2):  # of the first copy, so that the second comes before it
+        for late_ns in (0, TIMEOUT // 2):  # of the first copy, so that the second comes before it
             doubled = ScriptedFaults({number: Fault(copies=2, delay_ns=late_ns)})
             deployment = faulted(prefill, decode, JOBS, faults=doubled)
             assert failed(deployment) == 0
@@ -121,24 +122,24 @@ def test_x6_lost_and_doubled_messages(prefill: str, decode: str) -> None:
     for seed in range(8):
         deployment = faulted(prefill, decode, JOBS, faults=DrawnFaults(seed, loss=0.1, duplicate=0.3, jitter_ns=5_000))
         met["lost"] += deployment.links.counts["lost"]
-    assert met["lost"] > 20 and met["doubled"] > 60 and met["refused"] > 20 and met["failed"] > 10
+    assert met["lost"] > 20 and met["doubled"] > 40 and met["refused"] > 20 and met["failed"] > 10
 
 
 @cell
 def test_x7_corrupt_transfers(prefill: str, decode: str) -> None:
     """Whatever is flipped: it is found, and nobody decodes it."""
     met = 0
-    for field in ("room", "index", "start", "tokens", "token_id", "cached_tokens", "spent_ns", "checksum"):
+    for field in ("room", "index", "stage", "tokens", "token_id", "checksum"):
         for number, kind in enumerate(kinds(prefill, decode)):
             if kind is KvChunk:
                 deployment = faulted(prefill, decode, JOBS, faults=ScriptedFaults({number: Fault(corrupt=field)}))
                 assert deployment.links.counts["corrupted"] == 1
                 assert deployment.counter("refused_corrupt") == failed(deployment) == 1
                 met += 1
-    assert met >= 8 * len(JOBS)
+    assert met >= 6 * len(JOBS)
 
 
-MOMENTS = range(500, END_NS, 9_000)
+MOMENTS = range(500, END_NS, 12_000)
 
 
 def states(deployment: Deployment) -> Iterator[str]:
@@ -180,7 +181,7 @@ IN_ALL_STATES = [
 
 
 @cell
-@pytest.mark.parametrize("return_after_ns", [1, 40_000, 4 * TIMEOUT])
+@pytest.mark.parametrize("return_after_ns", [1, 4 * TIMEOUT])
 def test_x8_a_prefill_engine_dies(prefill: str, decode: str, return_after_ns: int) -> None:
     """Before, during and after transfers, and before acknowledgements; it returns with a higher epoch."""
     met = at_every_moment(prefill, decode, kill("prefill 0"), restart("prefill 0"), return_after_ns)
@@ -189,7 +190,7 @@ def test_x8_a_prefill_engine_dies(prefill: str, decode: str, return_after_ns: in
 
 
 @cell
-@pytest.mark.parametrize("return_after_ns", [1, 40_000, 4 * TIMEOUT])
+@pytest.mark.parametrize("return_after_ns", [1, 4 * TIMEOUT])
 def test_x9_a_decode_engine_dies(prefill: str, decode: str, return_after_ns: int) -> None:
     """At the same points; clients hear of it at once."""
     met = at_every_moment(prefill, decode, kill("decode 0"), restart("decode 0"), return_after_ns)
@@ -226,11 +227,11 @@ THERE, BACK = ("prefill 0", "decode 0"), ("decode 0", "prefill 0")
 
 @cell
 @pytest.mark.parametrize("ways", [[THERE], [BACK], [THERE, BACK]], ids=["there", "back", "both"])
-@pytest.mark.parametrize("heal_after_ns", [10_000, TIMEOUT // 2, 4 * TIMEOUT])
+@pytest.mark.parametrize("heal_after_ns", [10_000, 4 * TIMEOUT])
 def test_x11_a_partition_and_its_end(
     prefill: str, decode: str, ways: Sequence[tuple[str, str]], heal_after_ns: int
 ) -> None:
-    """One way or both; for a moment, within the leases, and beyond."""
+    """One way or both; for a moment, and beyond the leases."""
     met = at_every_moment(prefill, decode, *cutting(ways), heal_after_ns)
     assert met["cut"], "nothing was on its way"
     assert all(met[state] for state in IN_ALL_STATES), met
@@ -244,7 +245,7 @@ def test_all_at_once(prefill: str, decode: str) -> None:
     def aborting(rid: str) -> Callable[[Deployment], None]:
         return lambda deployment: deployment.abort(rid)
 
-    for seed in range(40):
+    for seed in range(30):
         faults = DrawnFaults(seed, loss=0.03, duplicate=0.1, corrupt=0.05, jitter_ns=20_000)
         cut, heal = cutting([THERE] if seed % 2 else [BACK])
         moment = 3_000 * seed % END_NS

@@ -195,6 +195,13 @@ def comes_in_any_order(design: str) -> None:
     assert set(statuses(run(setup, burst(3, 20, 5), faults=faults)).values()) == {200}
 
 
+def two_stages(design: str) -> None:
+    """The second stage's part is always late."""
+    setup = Setup(stages=2, decode_loop=design)
+    faults = FaultOf(KvChunk, Fault(delay_ns=60_000), lambda chunk: chunk.stage == 1)
+    assert set(statuses(run(setup, burst(3, 20, 5), faults=faults)).values()) == {200}
+
+
 def chunks_under_way(design: str) -> None:
     fast = LinkSpec(gb_per_s=100.0)
     run(Setup(prefill_loop=design, decode_loop=design, engine={"chunked_prefill_size": 8}, link=fast), burst(3, 40, 5))
@@ -337,12 +344,20 @@ def offers_pages_of_a_step_in_flight(patch: Patch) -> None:
 
 def decodes_when_the_last_has_come(patch: Patch) -> None:
     def look(original: Any, self: DecodeSide, receiver: Any) -> None:
-        if receiver.last is not None:
-            receiver.chunks = dict.fromkeys(range(receiver.last.index), 0)
-            receiver.chunks[receiver.last.index] = receiver.request.prompt_tokens
+        for count in receiver.chunks_in_all.values():
+            receiver.chunks = {(0, index): 0 for index in range(count)}
+            receiver.chunks[0, 0] = receiver.request.prompt_tokens
         original(self, receiver)
 
     around(patch, DecodeSide, "_look_whether_whole", look)
+
+
+def one_stage_is_enough(patch: Patch) -> None:
+    def shake(original: Any, self: DecodeSide, receiver: Any, ask: Any) -> None:
+        original(self, receiver, ask)
+        receiver.stages = 1
+
+    around(patch, DecodeSide, "_shake_hands", shake)
 
 
 def sends_what_is_not_computed(patch: Patch) -> None:
@@ -439,6 +454,7 @@ PITFALLS = [
     Pitfall("fence", reserves_behind_a_step, offers_pages_of_a_step_in_flight, "is not its own", ("overlap",)),
     Pitfall("fence, forgotten", reserves_behind_a_step, nothing_is_told, "504", ("overlap",)),
     Pitfall("X 5", comes_in_any_order, decodes_when_the_last_has_come, "is not its own"),
+    Pitfall("A 6", two_stages, one_stage_is_enough, "is not its own"),
     Pitfall("end index", chunks_under_way, sends_what_is_not_computed, "is not its own", ("overlap",)),
     Pitfall("host, token", retracts, forgets_the_last_token, "foreign tokens"),
     Pitfall("host, KV", retracts, the_retracted_come_back_without_their_kv, "is not its own"),

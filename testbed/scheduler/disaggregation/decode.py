@@ -35,7 +35,10 @@ def preallocated_slots(max_running_requests: int) -> int:
 class Receiver:
     """A room on the decode side, until all of its KV is here."""
 
-    __slots__ = ("chunks", "last", "metadata_slot", "peer", "peer_epoch", "request", "reserved_ns", "room", "state")
+    __slots__ = (
+        *("chunks", "chunks_in_all", "metadata_slot", "peer", "peer_epoch", "request", "reserved_ns", "room"),
+        *("spent_ns", "stages", "state", "stopped"),
+    )
 
     def __init__(self, request: Request, pair: Pair) -> None:
         self.request = request
@@ -46,9 +49,16 @@ class Receiver:
         self.reserved_ns = NEVER
         self.metadata_slot = NEVER
         """Where the metadata will lie; held from the reservation until all is here."""
-        self.chunks: dict[int, int] = {}
-        """Tokens of each chunk that has come, by its number."""
-        self.last: KvChunk | None = None
+        self.stages = 1
+        """Of the other side: each sends its part."""
+        self.chunks: dict[tuple[int, int], int] = {}
+        """Tokens of each chunk that has come, by its stage and number."""
+        self.stopped = False
+        """Whether the first token ends the request."""
+        self.spent_ns = 0
+        """What the other side has spent on it since the reservation."""
+        self.chunks_in_all: dict[int, int] = {}
+        """How many they are, by stage: the last one says it."""
 
 
 class Arrived(NamedTuple):
@@ -64,7 +74,7 @@ class Aside:
 
     __slots__ = ("chunks", "sent")
 
-    def __init__(self, chunks: dict[int, int], sent: int | None) -> None:
+    def __init__(self, chunks: dict[tuple[int, int], int], sent: int | None) -> None:
         self.chunks = chunks
         """Those that have come."""
         self.sent = sent
@@ -215,6 +225,7 @@ class DecodeSide:
     def _shake_hands(self, receiver: Receiver, ask: RoomAsked) -> None:
         """Both halves of the request are there. Engines whose KV does not look the same cannot serve it."""
         receiver.peer_epoch = ask.epoch
+        receiver.stages = ask.stages
         receiver.state = Poll.WAITING_FOR_INPUT
         ours = (receiver.request.prompt_tokens, self._scheduler.config.page_size, self.rooms.terms.kv_bytes_per_token)
         theirs = (ask.prompt_tokens, ask.page_size, ask.kv_bytes_per_token)
@@ -233,17 +244,18 @@ class DecodeSide:
         elif receiver is None:
             self.rooms.refuse("late" if self.rooms.is_closed(room) else "unknown")
             if room in self.aside:
-                self.aside[room].chunks[message.index] = message.tokens
+                self.aside[room].chunks[message.stage, message.index] = message.tokens
                 self._free_aside(room)
-        elif message.index in receiver.chunks:
+        elif (message.stage, message.index) in receiver.chunks:
             self.rooms.refuse("duplicate")
         elif not np.array_equal(message.pages, self._pages_of(receiver, message)):
             self.rooms.refuse("misplaced")
         else:
             receiver.state = Poll.TRANSFERRING
-            receiver.chunks[message.index] = message.tokens
+            receiver.chunks[message.stage, message.index] = message.tokens
             if message.last:
-                receiver.last = message
+                receiver.chunks_in_all[message.stage] = message.index + 1
+                self._keep_metadata(receiver, message)
             self._look_whether_whole(receiver)
 
     def _pages_of(self, receiver: Receiver, chunk: KvChunk) -> NDArray[np.int32]:
@@ -252,13 +264,22 @@ class DecodeSide:
         row: NDArray[np.int32] = self._scheduler.memory.slots.pages[receiver.request.slot]
         return row[chunk.start // p : -(-(chunk.start + chunk.tokens) // p)]
 
+    def _keep_metadata(self, receiver: Receiver, last: KvChunk) -> None:
+        """What the last chunk of a stage says; all stages say the same, each of its own time."""
+        request = receiver.request
+        self._scheduler.memory.slots.outputs[request.slot, 0] = last.token_id
+        receiver.stopped = last.stopped
+        request.cached_tokens = last.cached_tokens
+        receiver.spent_ns = max(receiver.spent_ns, last.spent_ns)
+
     def _look_whether_whole(self, receiver: Receiver) -> None:
-        """Decoding may start when every chunk up to the last is here and they are the prompt."""
-        last, request = receiver.last, receiver.request
-        if last is None or len(receiver.chunks) <= last.index:
+        """Decoding may start when every chunk of every stage is here and they are the prompt."""
+        request, expected = receiver.request, receiver.chunks_in_all
+        if len(expected) < receiver.stages or len(receiver.chunks) < sum(expected.values()):
             return
-        if sum(receiver.chunks.values()) != request.prompt_tokens:
-            message = f"{sum(receiver.chunks.values())} tokens of KV came, the prompt has {request.prompt_tokens}"
+        tokens = sum(receiver.chunks.values())
+        if tokens != request.prompt_tokens * receiver.stages:
+            message = f"{tokens} tokens of KV came, the prompt has {request.prompt_tokens}"
             self.give_up(request, Ending(FinishReason.ERROR, message, 500))
             return
         receiver.state = Poll.SUCCESS
@@ -267,10 +288,8 @@ class DecodeSide:
         self.rooms.end_lease(receiver.room)
         self.rooms.close(receiver.room)
         self.rooms.tell(receiver.peer, KvReceived, receiver.room, receiver.peer_epoch)
-        self._scheduler.memory.slots.outputs[request.slot, 0] = last.token_id
-        request.cached_tokens = last.cached_tokens
-        request.transfer_ns = max(self.rooms.now_ns - receiver.reserved_ns - last.spent_ns, 0)
-        self.arrived.append(Arrived(request, last.stopped))
+        request.transfer_ns = max(self.rooms.now_ns - receiver.reserved_ns - receiver.spent_ns, 0)
+        self.arrived.append(Arrived(request, receiver.stopped))
 
     def _closed_there(self, message: RoomClosed) -> None:
         """The other side sends nothing more."""

@@ -43,7 +43,7 @@ class Sender:
         """Where the last chunk's metadata lies until it is acknowledged; held from the waiting queue on."""
         self.sent_tokens = 0
         self.chunks = 0
-        """Chunks sent."""
+        """Chunks sent, by each stage."""
         self.computed_ns = NEVER
         """When the last chunk's KV was computed; from then on the request is in flight."""
         self.ending: Ending | None = None
@@ -102,6 +102,7 @@ class PrefillSide:
             prompt_tokens=request.prompt_tokens,
             page_size=self._scheduler.config.page_size,
             kv_bytes_per_token=self.rooms.terms.kv_bytes_per_token,
+            stages=self.rooms.terms.stages,
         )
 
     def refused(self, pair: Pair, message: str, status: int) -> None:
@@ -231,12 +232,16 @@ class PrefillSide:
             if last:
                 request.sampled = True
                 scheduler.memory.slots.outputs[request.slot, 0] = result.token_ids[row]
+            rewritten = scheduler.memory.slots.rewritten
+            fence, known = NEVER, len(rewritten)
             if last or not scheduler.in_flight:
                 # Before it is sent: duplicates of what the tree has are freed. A later launch has done it already.
                 scheduler.memory.publish(request)
-            self._send(sender, prefix_tokens + new_tokens, last, row, result)
+            if scheduler.in_flight and len(rewritten) > known:
+                fence = scheduler.in_flight[-1].index  # what it found there may still be computed (pipelines)
+            self._send(sender, prefix_tokens + new_tokens, last, row, result, fence)
 
-    def _send(self, sender: Sender, end: int, last: bool, row: int, result: StepResult) -> None:
+    def _send(self, sender: Sender, end: int, last: bool, row: int, result: StepResult, fence: int) -> None:
         """Send KV up to ``end``, in whole pages but for the last chunk, which brings the metadata."""
         scheduler, terms, request = self._scheduler, self.rooms.terms, sender.request
         p, start = scheduler.config.page_size, sender.sent_tokens
@@ -254,6 +259,7 @@ class PrefillSide:
             tokens=end - start,
             source_pages=scheduler.memory.slots.pages[request.slot, pages].copy(),
             pages=sender.pages[pages],
+            stage=terms.stage,
         )
         if last:
             chunk = replace(
@@ -270,8 +276,8 @@ class PrefillSide:
         sender.chunks += 1
         self.rooms.lease(sender.room, terms.transfer_timeout_ns)
         chunk = replace(chunk, checksum=chunk_checksum(chunk))
-        size_bytes = len(chunk.pages) * p * terms.kv_bytes_per_token
-        self.rooms.outgoing.append(Outgoing(sender.peer, chunk, size_bytes))
+        bytes_per_token = terms.stage_kv_bytes_per_token or terms.kv_bytes_per_token
+        self.rooms.outgoing.append(Outgoing(sender.peer, chunk, len(chunk.pages) * p * bytes_per_token, fence))
 
     # -- checks -----------------------------------------------------------------------------------------------------
 

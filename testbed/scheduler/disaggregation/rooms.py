@@ -51,6 +51,12 @@ class Terms(NamedTuple):
     epoch: int = 1
     """Higher at each start of this engine."""
     kv_bytes_per_token: int = 1
+    """Of all layers."""
+    stage: int = 0
+    stages: int = 1
+    """Of a prefill engine's pipeline. All stages decide alike; the first one speaks for them, each sends its own KV."""
+    stage_kv_bytes_per_token: int | None = None
+    """Of this stage's layers; None: all."""
     bootstrap_timeout_ns: int = 300 * 10**9
     """Until the other side has answered: SGLang's 300 s."""
     transfer_timeout_ns: int = 300 * 10**9
@@ -156,11 +162,13 @@ class Rooms:
 
     def tell(self, engine: str, kind: type, room: int, to_epoch: int, *, fence: int = NEVER, **fields: Any) -> None:
         """Send a message of a room without KV. ``to_epoch``: that of the other engine in this room; 0: not known."""
-        message = kind(room, self.terms.engine, self.terms.epoch, to_epoch, **fields)
-        self.outgoing.append(Outgoing(engine, message, 0, fence))
+        if self.terms.stage == 0:
+            message = kind(room, self.terms.engine, self.terms.epoch, to_epoch, **fields)
+            self.outgoing.append(Outgoing(engine, message, 0, fence))
 
     def tell_closed(self, engine: str, room: int, to_epoch: int, message: str, status: int, chunks: int = 0) -> None:
-        """Say that this side takes part no more."""
+        """Say that this side takes part no more; ``chunks``: that each of its stages has sent."""
+        chunks *= self.terms.stages
         self.tell(engine, RoomClosed, room, to_epoch, message=message, status=status, chunks=chunks)
 
     def hand_over(
