@@ -45,6 +45,13 @@ def replicas(records: Records) -> Ints:
     return seen if len(seen) else np.zeros(1, np.int64)
 
 
+def served_by(records: Records, replica: int) -> Bools:
+    """The requests that ``replica`` works for: bool [requests]. Those that it answers; all, where it answers none and
+    works behind others: a later stage of a pipeline, or the other half of prefill and decode."""
+    own = ints(records.requests, "replica") == replica
+    return own if own.any() else np.ones(len(own), dtype=np.bool_)
+
+
 def completed(records: Records) -> Bools:
     """Requests that ended as they should (``length`` or ``stop``): bool [requests]."""
     return _ended(records, FinishReason.LENGTH, FinishReason.STOP)

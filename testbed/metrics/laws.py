@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from testbed.metrics.columns import Bools, Ints, ints, replicas
+from testbed.metrics.columns import Bools, Ints, ints, replicas, served_by
 from testbed.metrics.records import Records
 from testbed.metrics.window import Window, run_end_ns, unfinished_until
 from testbed.request import NEVER
@@ -153,7 +153,7 @@ def device_time(records: Records, window: Window, replica: int = 0) -> DeviceTim
 
     Where a transfer is under way and requests are in the system, an idle device counts as waiting for the transfer.
     """
-    here = ints(records.requests, "replica") == replica
+    here = served_by(records, replica)
     arrival, finish = (side[here] for side in stays(records)["system"])
     steps = ints(records.steps, "replica") == replica
     links = (ints(records.spans, "lane") == LINK_LANE) & (ints(records.spans, "replica") == replica)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from testbed.metrics.columns import Floats, Ints, floats, ints
+from testbed.metrics.columns import Floats, Ints, floats, ints, served_by
 from testbed.metrics.laws import merged, stays
 from testbed.metrics.records import Records
 
@@ -40,7 +40,7 @@ def levels(records: Records, meta: Mapping[str, Any], replica: int) -> Levels:
     free in another. Where ``meta`` has no ``kv_tokens``, the most that was ever free or cached stands for it.
     """
     steps = ints(records.steps, "replica") == replica
-    here = ints(records.requests, "replica") == replica
+    here = served_by(records, replica)
     left = merged(*(side[here] for side in stays(records)["system"]))[1]
     launch = ints(records.steps, "launch_ns")[steps]
     since = np.concatenate([launch, left])
