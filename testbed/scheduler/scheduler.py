@@ -597,10 +597,11 @@ class Scheduler:
             self._end_invalid(batch, result, ended)
         if result.logprobs is not None:
             keep_logprobs(batch, result.logprobs)
-        if self.prefill_side is not None:
-            self.prefill_side.process_prefills(batch, result)
-        elif batch.prefills:
-            self._process_prefills(batch, result, ended)
+        if batch.prefills:
+            if self.prefill_side is not None:
+                self.prefill_side.process_prefills(batch, result)
+            else:
+                self._process_prefills(batch, result, ended)
         if batch.decodes:
             self._process_decodes(batch, result, ended)
         if self.memory.allocator.quarantined_pages:
