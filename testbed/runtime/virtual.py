@@ -235,7 +235,7 @@ class VirtualRuntime:
         """See ports.Outbox; returns the loop's time of sending (ns)."""
         if self.users is not None:
             self.charge(Stage.SEND, len(result.token_ids))
-        self.processed += 1
+        self.processed += batch.index >= 0  # a prebuilt batch is no step
         return self.local_ns
 
     def send(self, output: RequestOutput | ControlOutput) -> None:

@@ -317,7 +317,7 @@ class WallRuntime:
         """See ports.Outbox; returns the time of sending (ns)."""
         self._clients.tokens(batch, result)
         self.charge(Stage.SEND, batch.rows)
-        self._processed += 1
+        self._processed += batch.index >= 0  # a prebuilt batch is no step
         return self._mark_ns
 
     def send(self, output: RequestOutput | ControlOutput) -> None:
