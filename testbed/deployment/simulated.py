@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from testbed.deployment.build import Engine
 from testbed.deployment.routed import build_front, build_links, reports_of, users_of
 from testbed.loops.base import LoopContext
+from testbed.messages import Message
 from testbed.runtime.channels import connect_stages
 from testbed.runtime.leap import LEAPING, Leaper
 from testbed.runtime.links import Port
@@ -55,6 +56,16 @@ class Simulation:
             runtime.peers = Port(self._links, engine.place.name, lambda: runtime.local_ns)
             self._links.connect(engine.place.name, runtime.deliver)
         return runtime
+
+    def send_at(self, when_ns: int, message: Message) -> None:
+        """A client's message beside the workload's requests, for example an abort; called before ``run``."""
+        self._world.at(when_ns, lambda: self._send(message))
+
+    def _send(self, message: Message) -> None:
+        if self._front is None:
+            self._runtimes[0].deliver(message)
+        else:
+            self._front.send(message)
 
     def run(self) -> None:
         """Until nothing can happen any more. Raises a loop's own exception, and Deadlock."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from testbed.messages import ControlOutput, GenerateRequest, Message, RequestOutput
+from testbed.messages import AbortRequest, ControlOutput, GenerateRequest, Message, RequestOutput
 from testbed.routing.pairs import PairRouter, Step
 from testbed.runtime.users import Timeline, Users
 
@@ -22,6 +22,16 @@ class PairFront:
     def submit(self, request: GenerateRequest) -> None:
         """To both halves of the pair that the router chooses, now."""
         self._carry(self._router.submit(request), self._timeline.now_ns())
+
+    def send(self, message: Message) -> None:
+        """Any message of a client, to whom it concerns: a control message goes to every engine."""
+        if isinstance(message, GenerateRequest):
+            self.submit(message)
+        elif isinstance(message, AbortRequest):
+            self._carry(self._router.abort(message), self._timeline.now_ns())
+        else:
+            for inbox in self.inboxes:
+                inbox(message)
 
     def hear(self, engine: str, output: RequestOutput | ControlOutput, now_ns: int) -> None:
         """An engine's answer, which it sends at ``now_ns``."""

@@ -40,6 +40,17 @@ class Router:
 
     def submit(self, request: GenerateRequest) -> None:
         """To the replica that the policy chooses, now."""
+        self._listen()
+        self.inboxes[self._controller.submit(request)](request)
+
+    def send(self, message: Message) -> None:
+        """Any message of a client, to whom it concerns."""
+        self._listen()
+        for replica, part in self._controller.route(message):
+            self.inboxes[replica](part)
+
+    def _listen(self) -> None:
+        """Take in what has come by now."""
         now_ns, told = self._now_ns(), self._told
         while told and told[0][0] <= now_ns:
             _, _, replica, what = heappop(told)
@@ -47,7 +58,6 @@ class Router:
                 self._controller.reported(replica, what)
             else:
                 self._controller.ended(what)
-        self.inboxes[self._controller.submit(request)](request)
 
     def tell(self, when_ns: int, replica: int, what: str | LoadReport) -> None:
         """A report, or the end of a request by its id, comes at ``when_ns``."""
