@@ -31,7 +31,7 @@ LAYOUTS = {
     "dp 2": Layout(2, ("engine.loop=overlap", "engine.parallel={dp: 2}", "routing.policy=shortest_queue"), 2.2),
     "tp 2": Layout(2, ("engine.loop=overlap", "engine.parallel={tp: 2}"), 2.5),
     "disaggregated 1:1": Layout(
-        2, ("disaggregation={prefill: 1, decode: 1, link: {gb_per_s: 50, latency_us: 10}}",), 1.3
+        2, ("disaggregation={prefill: 1, decode: 1, link: {gb_per_s: 50, latency_us: 10}}",), 2.2
     ),
 }
 """By name. Tensor parallelism is no loop, but what one would do with two devices otherwise."""
@@ -78,6 +78,10 @@ WORKLOADS = {
 }
 
 
+MORE_REQUESTS = {("long outputs", "tp 2"): 2}
+"""Times as many, where all of the usual ones in one batch would break no limit."""
+
+
 class Machine(NamedTuple):
     """A model on a device, and what its users expect."""
 
@@ -111,9 +115,10 @@ class Cell(NamedTuple):
     def settings(self, rate_per_s: float, count: int | None = None) -> tuple[str, ...]:
         """Of the scenario; ``count``: requests a device, None: the workload's."""
         workload, layout = WORKLOADS[self.workload], LAYOUTS[self.layout]
+        more = MORE_REQUESTS.get((self.workload, self.layout), 1)
         return (
             f"workload={workload.settings.format(rate=rate_per_s)}",
-            f"workload.count={(count or workload.count) * layout.devices}",
+            f"workload.count={(count or workload.count) * layout.devices * more}",
             *layout.settings,
         )
 

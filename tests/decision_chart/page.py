@@ -81,8 +81,6 @@ def _decision(rates: pd.Series) -> Iterator[str]:
 
 def _winner(rates: pd.Series, place: tuple[str, str, str], layouts: list[str], base: str) -> str:
     names = best(rates, place, layouts)
-    if not rates[(*place, names[0])].mean():
-        return "none"
     words = " or ".join(f"`{name}`" for name in names)
     if names[0] == base:
         return words
@@ -110,20 +108,22 @@ def _cells(rates: pd.Series, name: str, host: str) -> Iterator[str]:
 
 
 NOT_JUDGED = (
-    "## How to read it, and what it does not judge",
+    "## How to read it, and what is not judged",
     "",
     f"- Each cell and seed is a search of at most {MOST_RUNS} runs. Requests arrive for about three times as long as",
     "  one is served, so a rate is what a busy spell can have, not what can be kept for ever. Bursts (gamma gaps, cv",
     "  4) are few in so short a time: their intervals are wide.",
-    "- *None*: no rate keeps the limits.",
+    "- Bold in the figure: the best of all, and what cannot be told from it. *None*: no rate keeps the limits.",
     "- Devices, links and hosts are modelled; host profiles contain guesses (each profile lists them), and so does the",
     "  time that a message takes between stages (20 us).",
     "- Every layout has the same settings otherwise: `prefill_first`, chunks of 8,192 tokens, 256 running requests, a",
     "  radix cache. Other chunks change pipelines and unified engines most (experiments 03 and 09).",
     "- `dp 2` has a router by shortest queue, also where prefixes are shared; experiment 08 is about routers. `tp 2`",
-    "  is no loop, but what one would do with two devices otherwise.",
+    "  is no loop, but what one would do with two devices otherwise; with long outputs it has twice the requests,",
+    "  since all of the usual ones in one batch break no limit.",
     "- `overlap_suspended` is in experiment 07, other ratios than 1:1 and other links in 10, four devices in 09.",
-    "- Models that need two devices to fit at all, the prices of devices, and what a layout costs to run.",
+    "- Not judged: the host `testbed` with the large model, where a host is worth a few percent (experiment 05);",
+    "  models that need two devices to fit at all; what devices and their links cost.",
 )
 
 

@@ -67,10 +67,10 @@ def change(rates: pd.Series, place: tuple[str, str, str], layout: str, base: str
 
 
 def best(rates: pd.Series, place: tuple[str, str, str], layouts: Sequence[str]) -> list[str]:
-    """The layouts from the best on that cannot be told from the best: their paired intervals hold 0."""
+    """The best layout, and those that cannot be told from it: the interval of its gain over them holds 0."""
     means = {layout: float(rates[(*place, layout)].mean()) for layout in layouts}
-    order = sorted(layouts, key=lambda layout: -means[layout])
-    return [one for one in order if one == order[0] or not change(rates, place, one, order[0]).is_settled]
+    first, *others = sorted((layout for layout in layouts if means[layout]), key=lambda layout: -means[layout])
+    return [first, *(other for other in others if not change(rates, place, first, other).is_settled)]
 
 
 def places() -> list[tuple[str, str, str]]:
