@@ -263,7 +263,8 @@ def _report_progress(
         nonlocal due
         if reached() >= due:  # a leap may pass it
             due = reached() + every
-            running, waiting = sum(len(one.running) for one in schedulers), sum(len(one.waiting) for one in schedulers)
+            running = sum(batch.rows for one in schedulers for batch in one.micro_batches)
+            waiting = sum(len(one.waiting) for one in schedulers)
             progress(max(one.now_ns for one in schedulers), traffic.ended, running, waiting, expected)
 
     for scheduler in schedulers:

@@ -6,7 +6,7 @@ recorder and a device of its own; the workload and the tokens are everybody's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ from testbed.costs import (
     kv_capacity_tokens,
     kv_page_bytes,
     load_device,
+    stage_layers,
 )
+from testbed.costs.capacity import kv_dtype
 from testbed.engine.options import DeviceInfo
 from testbed.loops.select import EventLoop, Role, find_loop
 from testbed.metrics.journal import Setting
@@ -47,10 +49,24 @@ class Place:
     stages: int = 1
 
     @property
+    def engine(self) -> str:
+        """What other engines call the one that this loop belongs to."""
+        return f"{'replica' if self.role == 'null' else self.role} {self.replica}"
+
+    @property
+    def is_last(self) -> bool:
+        """Whether tokens are drawn here."""
+        return self.stage == self.stages - 1
+
+    @property
+    def adapter(self) -> str:
+        """What this loop's device is called on the links: other engines speak to the first stage's."""
+        return self.engine + (f" stage {self.stage}" if self.stage else "")
+
+    @property
     def name(self) -> str:
-        """For reports, and what other engines call it."""
-        what = "replica" if self.role == "null" else self.role
-        return f"{what} {self.replica}" + (f" stage {self.stage}" if self.stages > 1 else "")
+        """For reports."""
+        return self.engine + (f" stage {self.stage}" if self.stages > 1 else "")
 
 
 ALONE = Place()
@@ -61,9 +77,11 @@ def places_of(scenario: Scenario) -> Iterator[Place]:
     engines, then the decode engines."""
     parallel, parts = scenario.engine.parallel, scenario.disaggregation
     if parts is not None:
-        for number in range(parts.prefill + parts.decode):
-            prefills = number < parts.prefill
-            yield Place(number, number - (0 if prefills else parts.prefill), "prefill" if prefills else "decode")
+        stages = parts.prefill_stages
+        for number in range(parts.prefill * stages):
+            yield Place(number, number // stages, "prefill", number % stages, stages)
+        for replica in range(parts.decode):
+            yield Place(parts.prefill * stages + replica, replica, "decode")
         return
     for replica in range(parallel.dp):
         for stage in range(parallel.pp):
@@ -121,6 +139,7 @@ def _build(
     beside: Engine | None = None,
 ) -> Engine:
     """One engine. ``beside``: another one of the deployment, whose workload and tokens it shares."""
+    scenario = _at(scenario, place)
     config = scenario.engine
     model = load_model(scenario.model)
     device = load_device(scenario.device) if isinstance(scenario.device, str) else None
@@ -157,12 +176,26 @@ def _build(
     )
 
 
+def _at(scenario: Scenario, place: Place) -> Scenario:
+    """The scenario as the engine at ``place`` sees it: only prefill engines have stages beside decode engines."""
+    if place.role != "prefill" or place.stages == 1:
+        return scenario
+    parallel = scenario.engine.parallel.model_copy(update={"pp": place.stages})
+    return scenario.model_copy(update={"engine": scenario.engine.model_copy(update={"parallel": parallel})})
+
+
 def build_engines(scenario: Scenario, *, checks: Checks = "delta") -> list[Engine]:
     """Every engine that ``scenario`` names, in the order of ``places_of``. Raises InputError like ``build_engine``."""
     engines: list[Engine] = []
     for place in places_of(scenario):
         engines.append(_build(scenario, place, checks=checks, beside=engines[0] if engines else None))
     return engines
+
+
+def rings_of(engines: Sequence[Engine]) -> list[range]:
+    """The numbers of the loops of each pipeline, in order of the stages."""
+    firsts = [engine.place for engine in engines if engine.place.stage == 0 and engine.place.stages > 1]
+    return [range(first.number, first.number + first.stages) for first in firsts]
 
 
 def _workload(scenario: Scenario, model: ModelSpec, scheduler: Scheduler, context_length: int) -> Workload:
@@ -190,10 +223,15 @@ def _terms(scenario: Scenario, model: ModelSpec, place: Place) -> Terms | None:
     parts = scenario.disaggregation
     if parts is None or place.role == "null":
         return None
+    engine = scenario.engine
+    layers = stage_layers(model, engine.parallel)[place.stage]
     return Terms(
         place.role,
-        place.name,
-        kv_bytes_per_token=kv_page_bytes(model, scenario.engine) // scenario.engine.page_size,
+        place.engine,
+        stage=place.stage,
+        stages=place.stages,
+        kv_bytes_per_token=kv_page_bytes(model, engine) // engine.page_size,
+        stage_kv_bytes_per_token=model.kv_bytes_per_token(kv_dtype(engine), 1, layers),
         bootstrap_timeout_ns=int(parts.bootstrap_timeout_s * 1e9),
         transfer_timeout_ns=int(parts.transfer_timeout_s * 1e9),
         reserved_decode_tokens=parts.reserved_decode_tokens,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from testbed.costs import HostProfile
-from testbed.deployment.build import Engine
+from testbed.deployment.build import Engine, rings_of
 from testbed.deployment.routed import build_front, build_links, reports_of, users_of
 from testbed.loops.base import LoopContext
 from testbed.runtime.channels import Ring
@@ -29,30 +29,26 @@ class PacedDeployment:
         self._engines = engines
         self._front = build_front(engines, self._world, self._users, self._world.at_rest)
         self._links = build_links(engines, self._world)
-        stages = engines[0].scenario.engine.parallel.pp
         self._mailboxes = [
             Mailbox(self._world, engine.place.name, users_of(engine, self._users, self._front)) for engine in engines
         ]
         self._runtimes = [
-            self._runtime(engine, mailbox, clock, inject, stages)
+            self._runtime(engine, mailbox, clock, inject)
             for engine, mailbox in zip(engines, self._mailboxes, strict=True)
         ]
         self._next: list[WallChannel | None] = [None] * len(engines)
-        if stages > 1:
-            for first in range(0, len(engines), stages):
-                self._connect(range(first, first + stages))
+        for ring in rings_of(engines):
+            self._connect(ring)
 
-    def _runtime(
-        self, engine: Engine, mailbox: Mailbox, clock: WallClock, inject: HostProfile | None, stages: int
-    ) -> WallRuntime:
-        oracle = engine.oracle if engine.place.stage == stages - 1 else None
+    def _runtime(self, engine: Engine, mailbox: Mailbox, clock: WallClock, inject: HostProfile | None) -> WallRuntime:
+        oracle = engine.oracle if engine.place.is_last else None
         device = PacedDevice(clock, engine.cost_model, oracle, activation_ns=engine.cost_model.activation_ns)
         kind = runtime_for(engine.loop)
         runtime = kind(clock=clock, device=device, recorder=engine.recorder, clients=mailbox, inject=inject)
         runtime.reports = reports_of(engine, self._front, clock.now_ns)
         if self._links is not None:
-            runtime.peers = Port(self._links, engine.place.name, clock.now_ns, self._world.at_rest)
-            self._links.connect(engine.place.name, mailbox.deliver)
+            runtime.peers = Port(self._links, engine.place.adapter, clock.now_ns, self._world.at_rest)
+            self._links.connect(engine.place.adapter, mailbox.deliver)
         return runtime
 
     def _connect(self, ring: range) -> None:

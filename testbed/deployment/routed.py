@@ -41,9 +41,10 @@ def build_front(
     if scenario.disaggregation is not None:
         names: dict[str, list[str]] = {"prefill": [], "decode": []}
         for engine in engines:
-            names[engine.place.role].append(engine.place.name)
+            if not engine.place.stage:
+                names[engine.place.role].append(engine.place.engine)
         pairs = PairRouter(names["prefill"], names["decode"], scenario.seed)
-        return PairFront(pairs, [engine.place.name for engine in engines], timeline, users)
+        return PairFront(pairs, [engine.place.engine for engine in fronts], timeline, users)
     routing, vocab_size = scenario.routing, engines[0].model.vocab
     policy = build_policy(routing, seed=scenario.seed, vocab_size=vocab_size, base_dir=Path.cwd())
     return Router(Controller(len(fronts), policy, hears_ends=routing.hears_ends), timeline.now_ns, at_rest)
@@ -54,7 +55,7 @@ def users_of(engine: Engine, users: WorkloadUsers, front: Front | None) -> Users
     if engine.place.stage:
         return None
     if isinstance(front, PairFront):
-        return PairedUsers(front, engine.place.name)
+        return PairedUsers(front, engine.place.engine)
     return users if front is None else RoutedUsers(front, engine.place.replica, users)
 
 

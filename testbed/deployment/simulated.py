@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from testbed.deployment.build import Engine
+from testbed.deployment.build import Engine, rings_of
 from testbed.deployment.routed import build_front, build_links, reports_of, users_of
 from testbed.loops.base import LoopContext
 from testbed.messages import Message
@@ -31,30 +31,27 @@ class Simulation:
         self._engines = engines
         self._front = build_front(engines, self._world, self._users)
         self._links = build_links(engines, self._world)
-        stages = engines[0].scenario.engine.parallel.pp
-        self._runtimes = [self._runtime(engine, stages) for engine in engines]
-        if leap and stages == 1:
-            for engine, runtime in zip(engines, self._runtimes, strict=True):
-                if engine.loop in LEAPING and engine.scheduler.strategy_is_ours:
-                    runtime.leap = Leaper(engine.scheduler, runtime).try_leap
-        if stages > 1:
-            for first in range(0, len(engines), stages):
-                connect_stages(self._runtimes[first : first + stages], CHANNEL_NS)
+        self._runtimes = [self._runtime(engine) for engine in engines]
+        for engine, runtime in zip(engines, self._runtimes, strict=True):
+            if leap and engine.loop in LEAPING and engine.scheduler.strategy_is_ours:
+                runtime.leap = Leaper(engine.scheduler, runtime).try_leap
+        for ring in rings_of(engines):
+            connect_stages([self._runtimes[number] for number in ring], CHANNEL_NS)
 
-    def _runtime(self, engine: Engine, stages: int) -> VirtualRuntime:
+    def _runtime(self, engine: Engine) -> VirtualRuntime:
         runtime = VirtualRuntime(
             world=self._world,
             users=users_of(engine, self._users, self._front),
             cost_model=engine.cost_model,
             host=engine.host,
             recorder=engine.recorder,
-            oracle=engine.oracle if engine.place.stage == stages - 1 else None,
+            oracle=engine.oracle if engine.place.is_last else None,
             activation_ns=engine.cost_model.activation_ns,
         )
         runtime.reports = reports_of(engine, self._front, lambda: runtime.local_ns)
         if self._links is not None:
-            runtime.peers = Port(self._links, engine.place.name, lambda: runtime.local_ns)
-            self._links.connect(engine.place.name, runtime.deliver)
+            runtime.peers = Port(self._links, engine.place.adapter, lambda: runtime.local_ns)
+            self._links.connect(engine.place.adapter, runtime.deliver)
         return runtime
 
     def send_at(self, when_ns: int, message: Message) -> None:

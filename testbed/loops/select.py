@@ -12,7 +12,7 @@ from testbed.loops.overlap import event_loop_overlap
 from testbed.loops.overlap_suspended import event_loop_overlap_suspended
 from testbed.loops.overlap_thread import event_loop_overlap_thread
 from testbed.loops.pipeline import event_loop_pipeline, event_loop_pipeline_async
-from testbed.loops.prefill import event_loop_normal_prefill, event_loop_overlap_prefill
+from testbed.loops.prefill import event_loop_normal_prefill, event_loop_overlap_prefill, event_loop_pipeline_prefill
 from testbed.scenario.errors import InputError
 
 EventLoop = Callable[[LoopContext], Coroutine[Any, Any, None]]
@@ -27,6 +27,7 @@ LOOPS: dict[str, EventLoop] = {
     "pipeline_async": event_loop_pipeline_async,
     "normal_prefill": event_loop_normal_prefill,
     "overlap_prefill": event_loop_overlap_prefill,
+    "pipeline_prefill": event_loop_pipeline_prefill,
     "normal_decode": event_loop_normal_decode,
     "overlap_decode": event_loop_overlap_decode,
 }
@@ -51,9 +52,10 @@ def find_loop(name: str, pp_size: int = 1, role: Role = "null") -> tuple[str, Ev
 
     ``auto`` is overlap where nothing forbids it. Raises InputError for a loop that this version does not have.
     """
-    resolved = select_loop(role, pp_size, overlap=True) if name == "auto" else name
-    if name != "auto" and role != "null":
-        resolved = f"{name}_{role}"
+    if name == "auto" or (role == "prefill" and pp_size > 1):
+        resolved = select_loop(role, pp_size, overlap=True)
+    else:
+        resolved = name if role == "null" else f"{name}_{role}"
     if resolved.startswith("overlap") and pp_size > 1:
         raise InputError(
             f"the {resolved} loop does not work with pipeline parallelism",

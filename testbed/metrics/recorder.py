@@ -183,7 +183,7 @@ def records_of(recorders: Sequence[Recorder], sent: dict[str, tuple[int, str, st
     offsets, times = _token_times(owners, sent)
     counters: dict[str, int] = {}
     for recorder in recorders:
-        for name, count in recorder.counters.items():
+        for name, count in recorder.counters.items() if recorder.keeps_requests else ():
             counters[name] = counters.get(name, 0) + count
     return Records(
         requests=_request_columns(owners, sent, offsets, times),

@@ -33,6 +33,8 @@ class Disaggregation(Model):
 
     prefill: PositiveInt = 1
     decode: PositiveInt = 1
+    prefill_stages: PositiveInt = 1
+    """Pipeline stages of each prefill engine, with ``parallel.tp`` devices each."""
     link: Link = Link()
     bootstrap_timeout_s: PositiveFloat = 300.0
     """A request ends when the other half has not answered for so long (SGLang's 300 s)."""
