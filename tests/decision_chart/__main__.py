@@ -1,4 +1,4 @@
-"""``python -m tests.decision_chart``: simulate every cell and write ``reports/decision_chart`` (10 CPU minutes)."""
+"""``python -m tests.decision_chart``: simulate every cell and write ``reports/decision_chart`` (15 CPU minutes)."""
 
 from __future__ import annotations
 
