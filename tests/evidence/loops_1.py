@@ -36,6 +36,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         for prefill in (1, 2)
         for loop in ("normal", "overlap")
     },
+    "disaggregated 1:1, pipeline": {"disaggregation": {"prefill_stages": 2, **PAIRS}},
 }
 
 

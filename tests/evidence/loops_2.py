@@ -1,6 +1,8 @@
 """Decisions of every rank are equal in virtual time and on paced threads, with arrivals tied to steps.
 
-Scenarios press on memory: chunks, retractions and evictions occur, and are counted.
+The requests of a pipeline come with the iterations of its first loop. Between prefill and decode engines every message
+comes with the iteration of its receiver in which it came in virtual time: whoever is early waits. Scenarios press on
+memory: chunks, retractions and evictions occur, and are counted.
 """
 
 from __future__ import annotations
@@ -8,10 +10,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 from testbed import load_scenario, simulate
 from testbed.api import execute
+from testbed.deployment import Engine, build_engines, paced
+from testbed.deployment.simulated import Simulation
+from testbed.messages import Message, Timer
+from testbed.metrics.journal import Journal
 from testbed.metrics.run import Run
+from testbed.runtime.users import Users
+from testbed.runtime.wall import WallClock
+from testbed.runtime.wall_world import Mailbox, WallWorld
 from testbed.scenario.schema import Scenario
 from testbed.scheduler.decisions import split_logs
 from tests.evidence.evidence import Evidence
@@ -27,7 +37,63 @@ def scenarios(seeds: int) -> Iterator[tuple[str, Scenario]]:
                     yield f"{loop}, {stages} stages, {batching}, seed {seed}", scenario(seed, engine)
 
 
-def scenario(seed: int, engine: dict[str, Any]) -> Scenario:
+def pairs(seeds: int) -> Iterator[tuple[str, Scenario]]:
+    """As ``scenarios``, of prefill and decode engines."""
+    for seed in range(seeds):
+        for prefill, decode, stages in ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)):
+            for loop in ("normal", "overlap"):
+                one = scenario(seed, {"loop": loop, "kv_tokens": 640}, {"kind": "poisson", "rate_per_s": 2_000})
+                parts = {"prefill": prefill, "decode": decode, "prefill_stages": stages}
+                parts |= {"reserved_decode_tokens": 2, "link": {"gb_per_s": 50}}
+                changed = load_scenario(one.model_dump() | {"compare": None, "disaggregation": parts}).scenario
+                yield f"{prefill}:{decode}, {stages} stages, {loop}, seed {seed}", changed
+
+
+class Tied(Mailbox):
+    """Hands out in each iteration what virtual time handed out in it, once all of that is here."""
+
+    def __init__(self, world: WallWorld, name: str, users: Users | None, journal: Journal) -> None:
+        super().__init__(world, name, users)
+        self._expected: dict[int, list[tuple[Any, ...]]] = {}
+        for index, message in journal.arrivals:
+            if not isinstance(message, Timer):
+                self._expected.setdefault(index, []).append(identity(message))
+
+    def delivered(self, now_ns: int, iteration: int) -> list[Message]:
+        wanted = self._expected.pop(iteration, [])
+        if not wanted:
+            return []
+
+        def here() -> bool:
+            names = [identity(message) for message in self._messages]
+            return all(name in names for name in wanted)
+
+        self._world.wait_for(self._name, here)
+        with self._world.at_rest():
+            found = {identity(message): message for message in reversed(self._messages)}
+            taken = [found[name] for name in wanted]
+            for message in taken:
+                self._messages.remove(message)
+        return taken
+
+
+def identity(message: Message) -> tuple[Any, ...]:
+    """What of a message is the same in any time."""
+    fields = ("rid", "room", "stage", "index", "sender")
+    return (type(message).__name__, *(getattr(message, field, None) for field in fields))
+
+
+def together(one: Scenario) -> tuple[list[Engine], list[Engine]]:
+    """The engines of a deployment after a run in virtual time, and after one on threads that was tied to it."""
+    virtual, real = build_engines(one), build_engines(one)
+    Simulation(virtual).run()
+    journals = {engine.place.name: engine.recorder.journal for engine in virtual}
+    with patch.object(paced, "Mailbox", lambda world, name, users: Tied(world, name, users, journals[name])):
+        paced.PacedDeployment(real, WallClock(), None).run()
+    return virtual, real
+
+
+def scenario(seed: int, engine: dict[str, Any], arrivals: dict[str, Any] | None = None) -> Scenario:
     """Requests that come with the iterations of the first loop, and more than memory holds."""
     small = {"kv_tokens": 1_500, "chunked_prefill_size": 96, "page_size": 1 + 3 * (seed % 2)}
     small |= {"max_running_requests": 48, "init_new_token_ratio": 0.05}  # more is admitted than will fit
@@ -39,7 +105,7 @@ def scenario(seed: int, engine: dict[str, Any]) -> Scenario:
             "seed": seed,
             "engine": {**small, **engine},
             "workload": {
-                "arrivals": {"kind": "at_iteration", "every": 2, "batch": 3},
+                "arrivals": arrivals or {"kind": "at_iteration", "every": 2, "batch": 3},
                 "lengths": {
                     "prompt_tokens": {"kind": "uniform", "low": 8, "high": 300},
                     "output_tokens": {"kind": "uniform", "low": 4, "high": 90},
@@ -71,7 +137,15 @@ def check(smoke: bool) -> Evidence:
         steps = virtual.records.steps
         seen.update(runs=1, steps=len(steps["step"]), retractions=sum(steps["retracted"]))
         seen.update(evicted_tokens=sum(steps["evicted_tokens"]))
-    missing = [what for what in ("retractions", "evicted_tokens") if not seen[what]]
+    for name, one in pairs(1 if smoke else 6):
+        virtual_engines, real_engines = together(one)
+        for before, after in zip(virtual_engines, real_engines, strict=True):
+            if before.scheduler.decision_log.bytes() != after.scheduler.decision_log.bytes():
+                wrong.append(f"{name}: {before.place.name} decides otherwise on the paced thread")
+            counters = before.recorder.counters
+            seen.update(steps=before.scheduler.steps, retractions_of_pairs=counters.get("retractions", 0))
+        seen.update(runs=1)
+    missing = [what for what in ("retractions", "retractions_of_pairs", "evicted_tokens") if not seen[what]]
     return Evidence(
         figure=f"{seen['runs'] - len({each.split(':')[0] for each in wrong})} of {seen['runs']} scenarios have equal "
         f"decisions; {seen['steps']:,} steps of all ranks",
@@ -80,6 +154,7 @@ def check(smoke: bool) -> Evidence:
         details=(
             *wrong,
             *(f"never happened: {what}" for what in missing),
-            f"{seen['retractions']:,} retractions, {seen['evicted_tokens']:,} evicted tokens",
+            f"{seen['retractions']:,} retractions in pipelines, {seen['retractions_of_pairs']:,} in decode engines, "
+            f"{seen['evicted_tokens']:,} evicted tokens",
         ),
     )
