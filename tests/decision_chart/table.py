@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from tests.decision_chart.cells import LAYOUTS, MACHINES, WORKLOADS, Cell, capacity
+from tests.decision_chart.cells import LAYOUTS, MACHINES, SEEDS, WORKLOADS, Cell, capacity, cells
 
 FOLDER = Path(__file__).parents[2] / "reports" / "decision_chart"
 PLACE = list(Cell._fields)
@@ -40,7 +41,11 @@ def rows_of(cell: Cell, seeds: Sequence[int], count: int | None = None) -> list[
 def write(rows: pd.DataFrame) -> None:
     """Keep the table, in the order of the chart."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    rows.to_csv(FOLDER / "cells.csv", index=False, float_format="%.6g")
+    number = {(*cell, seed): n for n, (cell, seed) in enumerate(product(cells(), SEEDS))}
+    rows = rows.set_index([*PLACE, "seed"], drop=False)
+    rows.iloc[np.argsort([number[place] for place in rows.index])].to_csv(
+        FOLDER / "cells.csv", index=False, float_format="%.6g"
+    )
 
 
 def read() -> pd.DataFrame:
