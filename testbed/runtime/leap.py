@@ -180,9 +180,7 @@ class Leaper:
         if scheduler.on_step is not None:
             scheduler.on_step()
 
-    def _report_load(
-        self, reports: RouterReports, sent: NDArray[np.int64], free_tokens: NDArray[np.int64]
-    ) -> None:
+    def _report_load(self, reports: RouterReports, sent: NDArray[np.int64], free_tokens: NDArray[np.int64]) -> None:
         """Send the reports of all steps, but for those that are overtaken before anybody looks: at the horizon."""
         scheduler, horizon_ns = self._scheduler, self._runtime.horizon_ns()
         last, processed = load_report(scheduler), scheduler.steps - len(scheduler.in_flight)

@@ -19,8 +19,8 @@ from testbed.metrics.recorder import Recorder
 from testbed.runtime.modelled import Deadlock
 from testbed.runtime.oracle import Oracle
 from testbed.runtime.traffic import Traffic
-from testbed.runtime.virtual import VirtualRuntime, run_to_the_end
 from testbed.runtime.users import WorkloadUsers
+from testbed.runtime.virtual import VirtualRuntime, run_to_the_end
 from testbed.runtime.world import World
 from testbed.scenario.schema import EngineConfig, Rules
 from testbed.scheduler.scheduler import Scheduler
