@@ -33,7 +33,8 @@ def replay(run: Run | Path | str, *, until_step: int | None = None, own_code: bo
     where = str(chosen.folder) if chosen.folder is not None else "run"
     journal = chosen.records.journal
     if journal is None or journal.setting is None:
-        raise InputError("the run has no journal to replay", where=where, remedy="run the scenario again")
+        remedy = "run the scenario again; a run of several loops keeps none"
+        raise InputError("the run has no journal to replay", where=where, remedy=remedy)
     if chosen.records.decisions[: len(HEADER)] != HEADER:
         raise InputError("its decision log is no log of this version", where=where, remedy="run the scenario again")
     config = _engine_of(chosen, where).model_copy(update={"loop": journal.setting.loop})
