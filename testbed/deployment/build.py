@@ -139,7 +139,7 @@ def _build(
     beside: Engine | None = None,
 ) -> Engine:
     """One engine. ``beside``: another one of the deployment, whose workload and tokens it shares."""
-    scenario = _at(scenario, place)
+    given, scenario = scenario, _at(scenario, place)
     config = scenario.engine
     model = load_model(scenario.model)
     device = load_device(scenario.device) if isinstance(scenario.device, str) else None
@@ -157,7 +157,7 @@ def _build(
     scheduler = build_scheduler(config, setting, checks=checks, recorder=recorder, terms=terms)
     capacity_tokens = scheduler.memory.allocator.capacity_tokens
     return Engine(
-        scenario=scenario,
+        scenario=given,
         place=place,
         model=model,
         device=device,

@@ -175,11 +175,15 @@ class Recorder:
 
 
 def records_of(recorders: Sequence[Recorder], sent: dict[str, tuple[int, str, str]], decisions: bytes) -> Records:
-    """The columns of a run of several loops, whose requests ended each at one of them. ``sent``: as in
-    ``Recorder.records``."""
+    """The columns of a run of several loops, whose requests ended each at one of them, or in two halves. ``sent``: as
+    in ``Recorder.records``."""
     steps = [recorder._step_columns() for recorder in recorders]
     spans = [recorder._span_columns(table) for recorder, table in zip(recorders, steps, strict=True)]
-    owners = {rid: recorder for recorder in recorders for rid in recorder._ended}
+    owners: dict[str, Recorder] = {}
+    for recorder in recorders:
+        for rid, ended in recorder._ended.items():
+            if rid not in owners or not _answers(owners[rid]._ended[rid], ended):
+                owners[rid] = recorder
     offsets, times = _token_times(owners, sent)
     counters: dict[str, int] = {}
     for recorder in recorders:
@@ -195,6 +199,14 @@ def records_of(recorders: Sequence[Recorder], sent: dict[str, tuple[int, str, st
         journal=recorders[0].journal if len(recorders) == 1 else None,
         counters=dict(sorted(counters.items())),
     )
+
+
+def _answers(half: _Ended, later: _Ended) -> bool:
+    """Whether the end at a prefill engine was the answer: it failed there without a token, no later than at the decode
+    engine, which was told to give up."""
+    at = _REQUEST_FIELDS.index
+    failed = half.finish_reason in ("error", "abort") and not half.figures[at("output_tokens")]
+    return failed and half.figures[at("finish_ns")] <= later.figures[at("finish_ns")]
 
 
 def _stacked(tables: Sequence[dict[str, Any]]) -> dict[str, Column]:

@@ -28,6 +28,7 @@ from testbed.runtime.alone import Alone
 from testbed.runtime.modelled import Deadlock
 from testbed.runtime.oracle import FAR
 from testbed.runtime.traffic import Traffic
+from testbed.scenario.errors import InputError
 from testbed.workload.base import TimedRequest
 
 SPIN_NS = 300_000
@@ -390,11 +391,14 @@ def stops_on_interrupt(clock: WallClock) -> Iterator[None]:
 
 def run_to_the_end(loop: Coroutine[Any, Any, None]) -> None:
     """Drive a loop until its runtime says that nothing more will come. Raises RuntimeError if the loop ever suspends:
-    on the wall clock every ``await`` blocks."""
+    on the wall clock every ``await`` blocks; InputError if it returns."""
     try:
         loop.send(None)
     except LoopEnded:
         return
+    except StopIteration:
+        remedy = "let it go on for ever (while True): its runtime ends it"
+        raise InputError("the event loop has returned", where="engine.loop", remedy=remedy) from None
     finally:
         loop.close()
     raise RuntimeError("a loop suspended on the wall clock: it awaited something that is not a port")

@@ -18,7 +18,7 @@ from testbed.batch import Batch, StepResult
 from testbed.messages import ControlOutput, Message, RequestOutput
 from testbed.runtime.modelled import Deadlock
 from testbed.runtime.users import Users
-from testbed.runtime.wall import LoopEnded, WallClock, WallRuntime, run_to_the_end
+from testbed.runtime.wall import NAP_NS, LoopEnded, WallClock, WallRuntime, run_to_the_end
 
 
 class WallWorld:
@@ -61,14 +61,21 @@ class WallWorld:
         """Until no request is open and nothing more is due, or the clock is stopping. Raises a loop's own exception,
         and Deadlock when requests are open and nothing will wake any loop."""
         threads = [threading.Thread(target=self._drive, args=(name,), name=name) for name in list(self._loops)]
-        for thread in threads:
-            thread.start()
+        started: list[threading.Thread] = []
         try:
+            for thread in threads:
+                thread.start()
+                started.append(thread)
             self._act()
+        except BaseException:
+            self.clock.stopping = True
+            raise
         finally:
             with self.at_rest():
                 self._over = True
-            for thread in threads:
+                if self._failure is not None:
+                    self.clock.stopping = True  # the other loops need not serve what is left
+            for thread in started:
                 thread.join()
         if self._failure is not None:
             raise self._failure
@@ -91,8 +98,9 @@ class WallWorld:
         while True:
             with self._changed:
                 while not (self._ended() or (self._due and self._due[0][0] <= self.clock.now_ns())):
-                    ahead_s = (self._due[0][0] - self.clock.now_ns()) * 1e-9 if self._due else None
-                    self._changed.wait(ahead_s)
+                    # In naps, so that a request to stop is seen.
+                    ahead_ns = self._due[0][0] - self.clock.now_ns() if self._due else NAP_NS
+                    self._changed.wait(max(min(ahead_ns, NAP_NS), 0) * 1e-9)
                 if self._ended():
                     return
                 heappop(self._due)[2]()
@@ -132,7 +140,7 @@ class WallWorld:
                 if left_ns is not None and left_ns <= 0:
                     return
                 self._changed.notify_all()  # the last to wait shows that nothing moves
-                self._changed.wait(None if left_ns is None else left_ns * 1e-9)
+                self._changed.wait(None if left_ns is None else min(left_ns * 1e-9, threading.TIMEOUT_MAX))
 
     @contextmanager
     def _noted(self, name: str, happened: Callable[[], bool], timed: bool) -> Iterator[None]:

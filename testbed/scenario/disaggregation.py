@@ -8,17 +8,18 @@ from pydantic import Field
 
 from testbed.scenario.base import Model, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+Bandwidth = Annotated[float, Field(ge=1e-6, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Link(Model):
     """The links that keys and values go over, from prefill to decode engines, and what may go wrong on them."""
 
-    gb_per_s: PositiveFloat | None = None
+    gb_per_s: Bandwidth | None = None
     """Of each engine, each way; None: the device's network, once for each device of ``parallel.tp``."""
     latency_us: NonNegativeFloat = 10.0
     """Of every message between engines (a guess: RDMA and the work of two processes)."""
-    shared_gb_per_s: PositiveFloat | None = None
+    shared_gb_per_s: Bandwidth | None = None
     """Of a link that every transfer passes; None: there is none."""
     loss: Probability = 0.0
     duplicate: Probability = 0.0

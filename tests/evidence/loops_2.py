@@ -146,8 +146,9 @@ def check(smoke: bool) -> Evidence:
             seen.update(steps=before.scheduler.steps, retractions_of_pairs=counters.get("retractions", 0))
         seen.update(runs=1)
     missing = [what for what in ("retractions", "retractions_of_pairs", "evicted_tokens") if not seen[what]]
+    unequal = len({each.rsplit(": ", 1)[0] for each in wrong})
     return Evidence(
-        figure=f"{seen['runs'] - len({each.split(':')[0] for each in wrong})} of {seen['runs']} scenarios have equal "
+        figure=f"{seen['runs'] - unequal} of {seen['runs']} scenarios have equal "
         f"decisions; {seen['steps']:,} steps of all ranks",
         bar="all",
         passed=not wrong and not missing,

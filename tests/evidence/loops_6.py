@@ -57,6 +57,6 @@ def _anew(table: pd.DataFrame) -> list[str]:
     for cell in cells():
         old = rates[(*cell, SEEDS[0])]
         new = capacity(cell, SEEDS[0]).rate_per_s / LAYOUTS[cell.layout].devices
-        if abs(new - old) > SAME * old:
+        if not abs(new - old) <= SAME * old:
             different.append(f"{' | '.join(cell)}: {old:.6g} is kept, {new:.6g} was found")
     return different

@@ -29,7 +29,7 @@ def at_once(stages: int, output: int) -> dict[str, Any]:
 def step_us(stages: int, times: int, scale: int) -> float:
     """CPU time (us) of one step on all stages, without the prefills' and without leaps, which a pipeline has not."""
     short, long = (best_of(times, at_once(stages, output // scale), leap=False) for output in (500, 3500))
-    return (long["cpu_s"] - short["cpu_s"]) / (long["steps"] - short["steps"]) * stages * 1e6
+    return (long["cpu_s"] - short["cpu_s"]) / (long["steps"] - short["steps"]) * 1e6
 
 
 def check(smoke: bool) -> Evidence:

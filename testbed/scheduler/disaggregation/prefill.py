@@ -276,7 +276,9 @@ class PrefillSide:
         sender.chunks += 1
         self.rooms.lease(sender.room, terms.transfer_timeout_ns)
         chunk = replace(chunk, checksum=chunk_checksum(chunk))
-        bytes_per_token = terms.stage_kv_bytes_per_token or terms.kv_bytes_per_token
+        bytes_per_token = terms.stage_kv_bytes_per_token
+        if bytes_per_token is None:
+            bytes_per_token = terms.kv_bytes_per_token
         self.rooms.outgoing.append(Outgoing(sender.peer, chunk, len(chunk.pages) * p * bytes_per_token, fence))
 
     # -- checks -----------------------------------------------------------------------------------------------------
