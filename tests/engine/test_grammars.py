@@ -4,6 +4,7 @@ that do not know of them."""
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -96,7 +97,7 @@ def company(folder: Path, setting: Setting, asked: Sequence[Asked]) -> Outcome:
     trial = TrialOptions(str(folder), VOCAB, device.info.eos_token_ids, 1000, 256)
 
     def before(scheduler: Scheduler, runtime: WallRuntime) -> None:
-        made.append(AtOnce(trial, 64, lambda ready: runtime.post_at(0, ready)))
+        made.append(AtOnce(trial, VOCAB, 64, lambda ready: runtime.post_at(0, ready), os.sched_getaffinity(0)))
         runtime.grammars = made[0]
 
     jobs: Any = asked
