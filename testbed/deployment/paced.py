@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from testbed.costs import HostProfile
 from testbed.deployment.build import Engine, rings_of
-from testbed.deployment.routed import build_front, build_links, reports_of, users_of
+from testbed.deployment.routed import build_front, build_links, open_inboxes, reports_of, users_of
 from testbed.loops.base import LoopContext
-from testbed.runtime.channels import Ring
+from testbed.runtime.channels import close_ring
 from testbed.runtime.links import Port
 from testbed.runtime.paced import PacedDevice
 from testbed.runtime.traffic import Traffic
@@ -53,25 +53,16 @@ class PacedDeployment:
 
     def _connect(self, ring: range) -> None:
         """Make a ring of the loops of one pipeline's stages."""
-        count = len(ring)
         channels = []
-        for stage in range(count):
-            receiver = ring[(stage + 1) % count]
-            channels.append(WallChannel(self._world, self._engines[receiver].place.name, self._runtimes[receiver]))
-        for stage, number in enumerate(ring):
-            self._runtimes[number].neighbours = Ring(stage, count, channels[stage - 1], channels[stage])
-            self._next[number] = channels[stage]
+        for number, receiver in zip(ring, (*ring[1:], ring[0]), strict=True):
+            channel = WallChannel(self._world, self._engines[receiver].place.name, self._runtimes[receiver])
+            self._next[number] = channel
+            channels.append(channel)
+        close_ring([self._runtimes[number] for number in ring], channels)
 
     def run(self) -> None:
         """Until every request has ended. Raises a loop's own exception, and Deadlock."""
-        inboxes = [
-            mailbox.deliver
-            for engine, mailbox in zip(self._engines, self._mailboxes, strict=True)
-            if not engine.place.stage
-        ]
-        self._users.submit = inboxes[0]
-        if self._front is not None:
-            self._front.inboxes, self._users.submit = inboxes, self._front.submit
+        open_inboxes(self._engines, [mailbox.deliver for mailbox in self._mailboxes], self._users, self._front)
         for engine, runtime, channel in zip(self._engines, self._runtimes, self._next, strict=True):
             loop = engine.loop(LoopContext(engine.scheduler, runtime))
             self._world.start(engine.place.name, loop, channel.close if channel else lambda: None)

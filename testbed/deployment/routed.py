@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from testbed.deployment.build import Engine
+from testbed.messages import Message
 from testbed.routing.controller import Controller
 from testbed.routing.pairs import PairRouter
 from testbed.routing.policies import build_policy
@@ -48,6 +49,20 @@ def build_front(
     routing, vocab_size = scenario.routing, engines[0].model.vocab
     policy = build_policy(routing, seed=scenario.seed, vocab_size=vocab_size, base_dir=Path.cwd())
     return Router(Controller(len(fronts), policy, hears_ends=routing.hears_ends), timeline.now_ns, at_rest)
+
+
+def open_inboxes(
+    engines: Sequence[Engine],
+    inboxes: Sequence[Callable[[Message], None]],
+    users: WorkloadUsers,
+    front: Front | None,
+) -> None:
+    """Let the users reach the engines: each by its first stage, through ``front`` where there is one. ``inboxes``: of
+    every engine's loop."""
+    firsts = [inbox for engine, inbox in zip(engines, inboxes, strict=True) if not engine.place.stage]
+    users.submit = firsts[0]
+    if front is not None:
+        front.inboxes, users.submit = firsts, front.submit
 
 
 def users_of(engine: Engine, users: WorkloadUsers, front: Front | None) -> Users | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from testbed.deployment.build import Engine, rings_of
-from testbed.deployment.routed import build_front, build_links, reports_of, users_of
+from testbed.deployment.routed import build_front, build_links, open_inboxes, reports_of, users_of
 from testbed.loops.base import LoopContext
 from testbed.messages import Message
 from testbed.runtime.channels import connect_stages
@@ -66,14 +66,7 @@ class Simulation:
 
     def run(self) -> None:
         """Until nothing can happen any more. Raises a loop's own exception, and Deadlock."""
-        inboxes = [
-            runtime.deliver
-            for engine, runtime in zip(self._engines, self._runtimes, strict=True)
-            if not engine.place.stage
-        ]
-        self._users.submit = inboxes[0]
-        if self._front is not None:
-            self._front.inboxes, self._users.submit = inboxes, self._front.submit
+        open_inboxes(self._engines, [runtime.deliver for runtime in self._runtimes], self._users, self._front)
         for engine, runtime in zip(self._engines, self._runtimes, strict=True):
             self._world.start(engine.place.name, engine.loop(LoopContext(engine.scheduler, runtime)))
         self._users.start()

@@ -11,6 +11,7 @@ import simpy
 
 from testbed.ports import Channel
 from testbed.runtime.virtual import VirtualRuntime
+from testbed.runtime.wall import WallRuntime
 from testbed.runtime.world import wait
 
 
@@ -58,9 +59,14 @@ class Ring:
     next: Channel
 
 
+def close_ring(runtimes: Sequence[VirtualRuntime | WallRuntime], channels: Sequence[Channel]) -> None:
+    """Give the loops of a pipeline's stages their neighbours; ``channels``: from each stage to the next, the last one's
+    to the first."""
+    for stage, runtime in enumerate(runtimes):
+        runtime.neighbours = Ring(stage, len(runtimes), channels[stage - 1], channels[stage])
+
+
 def connect_stages(runtimes: Sequence[VirtualRuntime], latency_ns: int) -> None:
     """Make a ring of the loops of a pipeline's stages, in order of the stages."""
     count = len(runtimes)
-    channels = [VirtualChannel(runtimes[i], runtimes[(i + 1) % count], latency_ns) for i in range(count)]
-    for stage, runtime in enumerate(runtimes):
-        runtime.neighbours = Ring(stage, count, channels[stage - 1], channels[stage])
+    close_ring(runtimes, [VirtualChannel(runtimes[i], runtimes[(i + 1) % count], latency_ns) for i in range(count)])

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from testbed.engine.device import processor_name
 from tests.evidence.evidence import Evidence
+from tests.laws.page import commit
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "reports" / "serve"
@@ -43,7 +43,7 @@ def keep(line: str, evidence: Evidence, *, seed: str, load: float, folder: Path 
     runs: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     runs.append(
         {
-            "commit": _commit(),
+            "commit": commit(),
             "seed": seed,
             "machine": f"{processor_name()}, {os.cpu_count()} cores, Python {platform.python_version()}",
             "load": round(load, 1),
@@ -59,11 +59,6 @@ def keep(line: str, evidence: Evidence, *, seed: str, load: float, folder: Path 
     kept = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.is_file()}
     (folder / "README.md").write_text("\n".join(_page(kept)) + "\n", encoding="utf-8")
     return evidence
-
-
-def _commit() -> str:
-    asked = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 def _page(kept: dict[str, list[dict[str, Any]]]) -> list[str]:

@@ -20,14 +20,14 @@ from testbed.engine.kv_cache import TokenRelay
 from testbed.loops.base import LoopContext
 from testbed.loops.overlap_thread import ForwardThread
 from testbed.messages import AbortRequest, FlushCache, GrammarReady, GrammarSpec
-from testbed.request import NEVER, FinishReason
+from testbed.request import NEVER
 from testbed.runtime.paced import PacedDevice
 from testbed.scheduler import retraction
 from testbed.scheduler.running import RunningBatch
 from testbed.scheduler.scheduler import Scheduler
 from testbed.tokens import oracle_key, token_ids
 from tests.properties.draws import DESIGNS
-from tests.properties.test_mutants import around, without
+from tests.properties.test_mutants import around, late_results_count_for_the_ended, without
 from tests.properties.world import DEVICE, VOCABULARY, Job, Outcome, burst, engine, run
 
 Patch = pytest.MonkeyPatch
@@ -253,16 +253,6 @@ def the_extra_step_is_counted_as_output(patch: Patch) -> None:
     without(patch, Scheduler, "count_extra_rows")
 
 
-def the_extra_step_ends_its_request_again(patch: Patch) -> None:
-    def process(original: Any, self: Scheduler, batch: Any, result: Any, ended: Any) -> None:
-        original(self, batch, result, ended)
-        for request in batch.decodes:
-            if request.finish_reason is not None and request not in ended:
-                self._end(request, FinishReason.LENGTH, "", 200)
-
-    around(patch, Scheduler, "_process_decodes", process)
-
-
 PITFALLS = [
     Pitfall(1, a_ring_of_future_slots, long_prompts_between_decodes, "foreign token"),
     Pitfall(2, a_retracted_row_keeps_the_slot_of_its_pending_token, pressed, "not partitioned"),
@@ -272,7 +262,7 @@ PITFALLS = [
     Pitfall(9, a_flush_does_not_look_at_results, flushed_at_every_iteration, "[pages]"),
     Pitfall(10, merging_changes_the_snapshot, joins_at_every_step, "foreign tokens"),
     Pitfall(12, the_extra_step_is_counted_as_output, joins_at_every_step, "work does not add up"),
-    Pitfall(12, the_extra_step_ends_its_request_again, joins_at_every_step, "[ended_once]"),
+    Pitfall(12, late_results_count_for_the_ended, joins_at_every_step, "[ended_once]"),
 ]
 NAMES = [f"N{pitfall.number}-{pitfall.break_it.__name__}" for pitfall in PITFALLS]
 
