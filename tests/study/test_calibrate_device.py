@@ -49,7 +49,8 @@ def test_a_device_is_measured_and_its_steps_are_of_the_predicted_size(
     profile = load_device(calibration.save(tmp_path))
     assert profile.launches_per_step == 1 and profile.fit["held_out"].keys() == set(errors.index)
     priced = OperatorCostModel(load_model(scenario.model), profile, scenario.engine)
-    assert [what for what in priced.unmeasured() if "sum of its parts" not in what] == []
+    flat = "decode rows of unequal context"  # says nothing where noise leaves attention flat over the context
+    assert [what for what in priced.unmeasured() if "sum of its parts" not in what and flat not in what] == []
 
 
 def test_no_operator_in_the_profile_beats_a_ceiling(calibration: DeviceCalibration) -> None:
