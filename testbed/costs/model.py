@@ -73,6 +73,7 @@ class OperatorCostModel:
         self._kernels = device.launches_per_step or self.operators.kernels
         self._linear: dict[tuple[int, bool], float] = {}
         self._head: dict[int, float] = {}
+        self._activations: dict[int, int] = {}
         self._mixed: dict[int, Curve] = {}
         self._decode: dict[int, tuple[float, list[float], list[float], list[float], bool]] = {}
 
@@ -163,7 +164,10 @@ class OperatorCostModel:
 
     def activation_ns(self, tokens: int) -> int:
         """Time from this pipeline stage to the next; 0 behind the last."""
-        return int(self.operators.activation_ns(tokens))
+        known = self._activations.get(tokens)
+        if known is None:
+            self._activations[tokens] = known = int(self.operators.activation_ns(tokens))
+        return known
 
     def unmeasured(self) -> list[str]:
         """Which operators are priced without a measurement of theirs, and how."""

@@ -23,7 +23,10 @@ from testbed.loops.base import LoopContext
 from testbed.messages import Message
 from testbed.ports import Channel, Pending
 from testbed.scenario.errors import InputError
-from testbed.scheduler.decisions import HEADER, Decision, decision_at
+from testbed.scheduler.decisions import Decision, decision_at
+
+NOTHING = b""
+"""The decision of a slot that has nothing to run."""
 
 
 async def event_loop_pipeline(
@@ -37,7 +40,8 @@ async def event_loop_pipeline(
         for m in range(stage.stages):
             await stage.recv_requests(stage.nothing_to_do())
             batch = stage.get_next_batch_to_run()
-            activations = None if stage.is_first else stage.agreed(await stage.previous.recv())
+            decided = stage.log.last if batch else NOTHING
+            activations = None if stage.is_first else stage.agreed(decided, await stage.previous.recv())
             launched = stage.slots[m] = await stage.launch(batch, activations) if batch else None
             if stage.is_last and launched:
                 stage.next.send(await launched.done())
@@ -51,7 +55,7 @@ async def event_loop_pipeline(
                 stage.next.send((stage.now_ns, stage.messages))
                 if launched:
                     await launched.done()
-                stage.next.send((stage.decided, launched.activations() if launched else None))
+                stage.next.send((decided, launched.activations() if launched else None))
             carried = received
         if not any(stage.slots):
             stage.self_check_during_idle()
@@ -68,11 +72,12 @@ async def event_loop_pipeline_async(loop: LoopContext) -> None:
             if not stage.is_last:
                 stage.next.send((stage.now_ns, stage.messages))
             batch = stage.get_next_batch_to_run()
-            activations = None if stage.is_first else stage.agreed(await stage.previous.recv())
+            decided = stage.log.last if batch else NOTHING
+            activations = None if stage.is_first else stage.agreed(decided, await stage.previous.recv())
             before = stage.slots[m - 1]
             launched = stage.slots[m] = await stage.launch(batch, activations) if batch else None
             if not stage.is_last:
-                stage.next.send((stage.decided, launched.activations() if launched else None))
+                stage.next.send((decided, launched.activations() if launched else None))
             elif before:
                 stage.next.send(await before.done())
             if following := stage.turn_to((m + 1) % stage.stages):
@@ -99,9 +104,7 @@ class PipelineStage(LoopContext):
         self.is_first, self.is_last = ring.stage == 0, ring.stage == ring.stages - 1
         self.slots: list[Launched | None] = [None] * ring.stages
         """What each micro-batch launched at its last turn."""
-        self.decided = b""
-        """This slot's decision, as the decision log says it; empty when there is nothing to run."""
-        self._logged = len(HEADER)
+        self.log = self.scheduler.decision_log
         self.scheduler.recorder.keeps_requests = self.is_first
         if not self.is_first:
             self.inbox = HandedOn(self.previous)
@@ -116,22 +119,14 @@ class PipelineStage(LoopContext):
         self.scheduler.select_micro_batch(m)
         return self.slots[m]
 
-    def get_next_batch_to_run(self) -> Batch | None:
-        """See LoopContext; keeps what is logged of it."""
-        batch = super().get_next_batch_to_run()
-        self.decided = self.scheduler.decision_log.tail(self._logged)
-        self._logged += len(self.decided)
-        return batch
-
-    def agreed(self, handed_on: tuple[bytes, object]) -> object:
+    def agreed(self, decided: bytes, handed_on: tuple[bytes, object]) -> object:
         """The activations that the stage before hands on with its decision. Raises StagesDisagree when this one has
-        decided otherwise."""
+        ``decided`` otherwise."""
         theirs, activations = handed_on
-        if theirs != self.decided:
-            scheduler = self.scheduler
-            step = scheduler.steps - bool(self.decided)
-            before = scheduler.decision_log.bytes()[: self._logged - len(self.decided)]
-            decisions = [decision_at(before + part, step) for part in (self.decided, theirs)]
+        if theirs != decided:
+            step = self.scheduler.steps - bool(decided)
+            before = self.log.bytes().removesuffix(decided)
+            decisions = [decision_at(before + part, step) for part in (decided, theirs)]
             raise StagesDisagree(self.place, step, *decisions)
         return activations
 
@@ -189,6 +184,8 @@ class Launched:
         """See ports.Pending: the times of this stage's device, and what the last one has drawn."""
         own, drawn = self._own or await self.done(), self.drawn
         assert drawn is not None, "tokens are received before they are applied"
+        if drawn is own:
+            return own
         times = own.launch_ns, own.start_ns, own.end_ns, own.graph
         return StepResult(drawn.token_ids, drawn.stopped, *times, drawn.logprobs, drawn.invalid)
 

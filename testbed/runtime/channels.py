@@ -33,11 +33,13 @@ class VirtualChannel:
         """See ports.Channel."""
         arrival_ns = self._sender.local_ns + self._latency_ns
         self._items.append((arrival_ns, item))
-        if self._waiting is not None:
-            waiting, self._waiting = self._waiting, None
+        waiting = self._waiting
+        if waiting is not None:
+            self._waiting = None
             waiting._ok, waiting._value = True, None
             env = self._receiver.env
-            env.schedule(waiting, delay=max(arrival_ns - env.now, 0))
+            delay_ns = arrival_ns - env.now
+            env.schedule(waiting, delay=delay_ns if delay_ns > 0 else 0)
 
     async def recv(self) -> Any:
         """See ports.Channel."""
@@ -45,7 +47,8 @@ class VirtualChannel:
             self._waiting = simpy.Event(self._receiver.env)
             await wait(self._waiting)
         arrival_ns, item = self._items.popleft()
-        self._receiver.local_ns = max(self._receiver.local_ns, arrival_ns)
+        if arrival_ns > self._receiver.local_ns:
+            self._receiver.local_ns = arrival_ns
         return item
 
 

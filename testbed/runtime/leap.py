@@ -21,7 +21,6 @@ from testbed.loops.overlap import event_loop_overlap
 from testbed.loops.overlap_suspended import event_loop_overlap_suspended
 from testbed.ports import Stage
 from testbed.runtime.modelled import device_time
-from testbed.scheduler.invariants import FULL_EVERY
 from testbed.scheduler.load import load_report
 from testbed.scheduler.scheduler import Scheduler
 
@@ -76,11 +75,12 @@ class Leaper:
         """Launches before a row ends, memory runs out, or the full invariant check is due."""
         scheduler, running, memory = self._scheduler, self._scheduler.running, self._memory
         rows, advance = len(running.requests), running.advance
-        if memory.allocator.quarantined_pages or scheduler.invariants.every_step or not scheduler.steps % FULL_EVERY:
+        full_every = scheduler.invariants.full_every
+        if memory.allocator.quarantined_pages or scheduler.invariants.every_step or not scheduler.steps % full_every:
             return 0
         # An end by length shows when its result is processed, an early one is part of the launched result.
         ends = min(running.next_finish + in_flight, self._oracle.next_end(running.requests))
-        steps = min(ends - 1 - advance, LONGEST, FULL_EVERY - scheduler.steps % FULL_EVERY)
+        steps = min(ends - 1 - advance, LONGEST, full_every - scheduler.steps % full_every)
         free = memory.allocator.free_pages
         if memory.page_size == 1:
             return min(steps, free // rows)

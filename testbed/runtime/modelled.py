@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, NewType
 
 from testbed.batch import Batch, StepCost
 from testbed.costs import CostModel
@@ -41,11 +41,8 @@ def price_batch(cost_model: CostModel, batch: Batch) -> StepCost:
     return cost_model.price_decode(shape.decodes, shape.context_tokens, shape.context_max)
 
 
-class Activations(NamedTuple):
-    """What a stage of a modelled pipeline hands to the next one."""
-
-    ready_ns: int
-    """When it is on the next stage's device."""
+Activations = NewType("Activations", int)
+"""What a stage of a modelled pipeline hands to the next one: when it is on that one's device (ns)."""
 
 
 class DeviceTime(NamedTuple):
@@ -57,7 +54,7 @@ class DeviceTime(NamedTuple):
 
 def ready_ns(after: object) -> int:
     """When the activations that a launch waits for are there; 0 for a launch that waits for none."""
-    return after.ready_ns if isinstance(after, Activations) else 0
+    return after if isinstance(after, int) else 0
 
 
 def device_time(cost: StepCost, begin_ns: int, launched_ns: int, free_ns: int) -> DeviceTime:

@@ -189,7 +189,7 @@ class ReplayRuntime:
         return _Recorded(self, batch, token_ids)
 
     def _compare(self) -> None:
-        log = self.scheduler.decision_log.tail(self._compared)
+        log = self.scheduler.decision_log.last
         if self.records.decisions[self._compared : self._compared + len(log)] != log:
             ended = self._compared >= len(self.records.decisions)
             raise _Diverged(self.launches, "the run launches no more" if ended else "another decision")

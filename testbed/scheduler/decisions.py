@@ -40,35 +40,31 @@ class DecisionLog:
         self._rows: Sequence[Request] | None = None
         self._ranks: dict[int, tuple[Sequence[Request], bytes]] = {}
         """The last rows of each micro-batch, and how they are logged: micro-batches take turns."""
+        self.last = b""
+        """What is logged of the last batch."""
 
     def append(self, batch: Batch) -> None:
         """Log a batch at its launch."""
-        data = self._data
-        decodes, pages, rows = batch.decodes, batch.pages, batch.shape.decodes
-        same = decodes is self._rows  # the running batch replaces its list when rows change
-        if same and not batch.prefills and not batch.retracted:
-            count = len(pages[0]) if pages else 0
-            data += _STEP.pack(batch.mode, SAME_ROWS, 0, rows, 0, count, batch.evicted_tokens)
-            if count:
-                data += pages[0].tobytes()
-            return
-        flags = SAME_ROWS if same else 0
-        count = sum(map(len, pages))
-        data += _STEP.pack(
-            batch.mode, flags, len(batch.prefills), rows, len(batch.retracted), count, batch.evicted_tokens
-        )
-        if batch.prefills:
-            parts = [(p.request.rank, p.prefix_tokens, p.new_tokens) for p in batch.prefills]
-            data += np.array(parts, dtype="<u4").tobytes()
-        if rows and not same:
-            data += self._logged_rows(batch)
-            self._rows = decodes
-        if batch.retracted:
-            data += np.array([request.rank for request in batch.retracted], dtype="<u4").tobytes()
-        for part in pages:
-            data += part.tobytes()
+        prefills, retracted, pages, rows = batch.prefills, batch.retracted, batch.pages, batch.shape.decodes
+        # The running batch replaces its list when rows change.
+        flags, logged_rows = (SAME_ROWS, b"") if batch.decodes is self._rows else (0, self._logged_rows(batch))
+        if prefills or retracted or len(pages) != 1:
+            count, evicted = sum(map(len, pages)), batch.evicted_tokens
+            logged = _STEP.pack(batch.mode, flags, len(prefills), rows, len(retracted), count, evicted)
+            parts = [(p.request.rank, p.prefix_tokens, p.new_tokens) for p in prefills]
+            logged += np.array(parts, dtype="<u4").tobytes() + logged_rows
+            logged += np.array([request.rank for request in retracted], dtype="<u4").tobytes()
+            logged += b"".join(part.tobytes() for part in pages)
+        else:
+            logged = _STEP.pack(batch.mode, flags, 0, rows, 0, len(pages[0]), batch.evicted_tokens)
+            logged += logged_rows + pages[0].tobytes()
+        self.last = logged
+        self._data += logged
 
     def _logged_rows(self, batch: Batch) -> bytes:
+        if not batch.decodes:
+            return b""
+        self._rows = batch.decodes
         micro_batch = batch.advance // ADVANCES
         known = self._ranks.get(micro_batch)
         if known is None or known[0] is not batch.decodes:
@@ -81,10 +77,6 @@ class DecisionLog:
         for part in pages:
             data += _STEP.pack(ForwardMode.DECODE, SAME_ROWS, 0, rows, 0, len(part), 0)
             data += part.tobytes()
-
-    def tail(self, start: int) -> bytes:
-        """The log from byte ``start`` on."""
-        return bytes(self._data[start:])
 
     def bytes(self) -> bytes:
         """The log so far."""

@@ -1,7 +1,8 @@
 """What must be true after every step (``test_menu`` 3.1). Each check has a stable id and counts its evaluations.
 
 The *delta* check compares totals and costs half a microsecond; the *full* one compares exact sets of pages, locks and
-rows. Full: when idle, every ``FULL_EVERY`` steps, and at every step on request (small pools in tests).
+rows. Full: when idle, every 1000 steps or more (``Invariants.full_every``), and at every step on request (small pools
+in tests).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from testbed.scheduler.scheduler import Scheduler
 
 FULL_EVERY = 1000
+PAGES_A_STEP = 100
+"""The full check looks at every page (3 ns each): it is made so seldom that a step pays for no more than these."""
 
 
 class InvariantError(AssertionError):
@@ -36,6 +39,8 @@ class Invariants:
     def __init__(self, scheduler: Scheduler, every_step: bool) -> None:
         self._scheduler = scheduler
         self.every_step = every_step
+        self.full_every = max(FULL_EVERY, scheduler.memory.allocator.num_pages // PAGES_A_STEP)
+        """Steps from one full check to the next."""
         self._ended: set[int] = set()
         self._ended_below = 0
         """Every request of a lower rank has ended; of the others, those in the set."""
@@ -54,7 +59,7 @@ class Invariants:
         self.pages()
         if batch.prefills or self.every_step:
             self.batch(batch)
-        if self.every_step or batch.index % FULL_EVERY == 0:
+        if self.every_step or batch.index % self.full_every == 0:
             self.full()
 
     def when_idle(self) -> None:
