@@ -42,7 +42,7 @@ def check(smoke: bool) -> Evidence:
         details.append(f"eight replicas, {policy}: {rates[-1]:.0f} requests/CPU s (bar >= 1,000)")
     single, double = step_us(1, times, scale), step_us(2, times, scale)
     details.append(f"a step: {single:.1f} us, of a pipeline of two stages {double:.1f} us (bar <= twice)")
-    details.append(cpu_name())
+    details.append(f"seed 0; simulated h100-sxm, host sglang-0.5; on {cpu_name()}")
     passed = min(rates) >= 1000 and double <= 2 * single
     evidence = Evidence(
         figure=f"{min(rates):.0f} requests/CPU s, slowest policy; two stages cost {double / single:.2f} times one",
