@@ -2,7 +2,8 @@
 
 The requests of a pipeline come with the iterations of its first loop. Between prefill and decode engines every message
 comes with the iteration of its receiver in which it came in virtual time: whoever is early waits. Scenarios press on
-memory: chunks, retractions and evictions occur, and are counted.
+memory: chunks, retractions and evictions occur, and are counted. At full size the result is written to
+``reports/loops_decisions/README.md``.
 """
 
 from __future__ import annotations
