@@ -121,10 +121,12 @@ def build_engine(
     and for a scenario of several loops."""
     names = [place.name for place in places_of(scenario)]
     if len(names) > 1:
+        apart = scenario.disaggregation is not None
+        one = "leave disaggregation out" if apart else "use parallel: {pp: 1, dp: 1}"
         raise InputError(
             f"the scenario asks for {len(names)} loops ({', '.join(names[:3])}{', ...' if names[3:] else ''}), not one",
-            where="engine.parallel",
-            remedy="use parallel: {pp: 1, dp: 1}; testbed simulate and testbed run --paced take several",
+            where="disaggregation" if apart else "engine.parallel",
+            remedy=f"{one}; testbed simulate and testbed run --paced take several",
         )
     return _build(scenario, ALONE, checks=checks, real=real, recorder=recorder)
 
@@ -139,9 +141,9 @@ def _build(
     beside: Engine | None = None,
 ) -> Engine:
     """One engine. ``beside``: another one of the deployment, whose workload and tokens it shares."""
-    given, scenario = scenario, _at(scenario, place)
-    config = scenario.engine
     model = load_model(scenario.model)
+    given, scenario = scenario, scenario_at(scenario, place, model)
+    config = scenario.engine
     device = load_device(scenario.device) if isinstance(scenario.device, str) else None
     kv_tokens = real.kv_tokens if real else _kv_tokens(scenario, model, device)
     context_length = real.context_length if real else config.context_length or model.max_positions
@@ -176,10 +178,14 @@ def _build(
     )
 
 
-def _at(scenario: Scenario, place: Place) -> Scenario:
-    """The scenario as the engine at ``place`` sees it: only prefill engines have stages beside decode engines."""
+def scenario_at(scenario: Scenario, place: Place, model: ModelSpec) -> Scenario:
+    """The scenario as the engine at ``place`` sees it: only prefill engines have stages beside decode engines. Raises
+    InputError for more stages than the model has layers."""
     if place.role != "prefill" or place.stages == 1:
         return scenario
+    if place.stages > model.layers:
+        message = f"{model.name} has {model.layers} layers, fewer than {place.stages} stages"
+        raise InputError(message, where="disaggregation.prefill_stages", remedy=f"use at most {model.layers}")
     parallel = scenario.engine.parallel.model_copy(update={"pp": place.stages})
     return scenario.model_copy(update={"engine": scenario.engine.model_copy(update={"parallel": parallel})})
 

@@ -18,7 +18,7 @@ from testbed.batch import ForwardMode
 from testbed.metrics import aggregate, files
 from testbed.metrics.aggregate import Sample, SloMark
 from testbed.metrics.bootstrap import RESAMPLES
-from testbed.metrics.columns import Floats, Ints, floats, ints, request_latencies, token_gaps
+from testbed.metrics.columns import Floats, Ints, floats, ints, kv_capacity, request_latencies, token_gaps
 from testbed.metrics.laws import merged
 from testbed.metrics.records import Records
 from testbed.metrics.table import result_table
@@ -41,9 +41,10 @@ class Run:
 
     ``meta`` says what the records cannot. Keys that are read here, all optional: ``label`` (simulated, paced, real,
     bench), ``model``, ``server`` (its address), ``device``, ``host`` (names of the profiles), ``kv_tokens`` (KV
-    capacity of one replica), ``peak_flops`` and ``peak_bytes_per_s`` (of one replica), ``notes`` (list of str: what is
-    guessed or unmeasured), ``interrupted`` (somebody ended the run before its workload had), and ``provenance``, a dict
-    of its own for what differs between equal runs (command, versions, date, machine).
+    capacity of one replica), ``kv_tokens_each`` (of every loop, where they differ), ``peak_flops`` and
+    ``peak_bytes_per_s`` (of one replica), ``notes`` (list of str: what is guessed or unmeasured), ``interrupted``
+    (somebody ended the run before its workload had), and ``provenance``, a dict of its own for what differs between
+    equal runs (command, versions, date, machine).
     """
 
     scenario: dict[str, Any]
@@ -100,18 +101,18 @@ class Run:
                 "tokens": ints(table, "new_tokens") + ints(table, "decode_rows"),
                 "start_delay_ns": start - ints(table, "launch_ns"),
                 "idle_before_ns": np.maximum(idle, 0),
-                "owned_tokens": float(self.meta.get("kv_tokens") or np.nan) - held,
+                "owned_tokens": kv_capacity(self.meta, replica) - held,
             }
         )
 
     @cached_property
     def spans(self) -> pd.DataFrame:
-        """The span records, with ``label`` (stage, or forward mode on the device) and ``duration_ns`` added."""
+        """The span records, with ``label`` (stage, forward mode on the device, transfer) and ``duration_ns`` added."""
         import pandas as pd
 
         table = self.records.spans
         names = {(0, stage.value): stage.name.lower() for stage in Stage}
-        names |= {(1, mode.value): mode.name.lower() for mode in ForwardMode}
+        names |= {(1, mode.value): mode.name.lower() for mode in ForwardMode} | {(2, 0): "transfer"}
         keys = zip(ints(table, "lane").tolist(), ints(table, "name").tolist(), strict=True)
         duration = ints(table, "end_ns") - ints(table, "begin_ns")
         return pd.DataFrame({**table, "label": [names.get(key, "") for key in keys], "duration_ns": duration})

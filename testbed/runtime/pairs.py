@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from testbed.messages import AbortRequest, ControlOutput, GenerateRequest, Message, RequestOutput
+from testbed.messages import (
+    AbortRequest,
+    BatchGenerateRequest,
+    ControlOutput,
+    GenerateRequest,
+    Message,
+    RequestOutput,
+)
 from testbed.routing.pairs import PairRouter, Step
 from testbed.runtime.users import Timeline, Users
 
@@ -27,6 +34,9 @@ class PairFront:
         """Any message of a client, to whom it concerns: a control message goes to every engine."""
         if isinstance(message, GenerateRequest):
             self.submit(message)
+        elif isinstance(message, BatchGenerateRequest):
+            for request in message.requests:
+                self.submit(request)
         elif isinstance(message, AbortRequest):
             self._carry(self._router.abort(message), self._timeline.now_ns())
         else:

@@ -59,6 +59,9 @@ def _disaggregation_conflicts(scenario: Scenario) -> Iterator[Problem]:
         if (count := getattr(engine.parallel, name)) > 1:
             message = f"{count} {what} do not go with disaggregation"
             yield Problem(("engine", "parallel", name), message, f"use {name}: 1; disaggregation counts its engines")
+    if engine.parallel.stage_layers is not None:
+        message = "disaggregation splits layers evenly over the stages of its prefill engines"
+        yield Problem(("engine", "parallel", "stage_layers"), message, "leave it out")
     if engine.batching != "prefill_first":
         message = f"batching {engine.batching} mixes what disaggregation keeps apart"
         yield Problem(("engine", "batching"), message, "use prefill_first, or leave disaggregation out")

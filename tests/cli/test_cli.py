@@ -179,6 +179,17 @@ def test_validate_says_what_follows(folder: Path, capsys: pytest.CaptureFixture[
     assert "tokens of 114,688 bytes" in out
 
 
+def test_validate_says_what_either_half_of_a_pair_holds(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["device=h100-sxm", "engine.kv_tokens=null", "disaggregation={prefill_stages: 2, link: {gb_per_s: 50}}"]
+    assert invoke(["validate", "s.yaml", *(word for one in settings for word in ("--set", one))]) == OK
+    out = capsys.readouterr().out
+    assert "# loop:       pipeline_prefill, overlap_decode (auto)" in out
+    assert "# weights:    0.75, 0.75 GB a device, by stage (prefill)" in out
+    assert "# weights:    1.19 GB a device (decode)" in out
+    for words in ("tokens of 57,344 bytes = 73.", "tokens of 114,688 bytes = 72."):
+        assert words in out, "KV is what is left of a device's memory"
+
+
 def test_a_scenario_without_a_name_has_that_of_its_file(folder: Path) -> None:
     (folder / "unnamed.yaml").write_text(SCENARIO.partition("\n")[2], encoding="utf-8")
     assert invoke(["simulate", "unnamed.yaml", "--no-report"]) == OK

@@ -1,13 +1,24 @@
-"""The router of pairs, by itself."""
+"""The router of pairs, by itself, and who carries what it decides."""
 
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 
-from testbed.messages import AbortRequest, GenerateRequest, RequestOutput, TokenPrompt
+from testbed.messages import (
+    AbortRequest,
+    BatchGenerateRequest,
+    FlushCache,
+    GenerateRequest,
+    Message,
+    RequestOutput,
+    TokenPrompt,
+)
 from testbed.routing.pairs import PairRouter, Step
+from testbed.runtime.pairs import PairFront
+from testbed.runtime.world import World
 
 PREFILLS, DECODES = ["p0", "p1"], ["d0", "d1", "d2"]
 
@@ -86,3 +97,21 @@ def test_the_loss_of_an_engine_is_answered() -> None:
     assert [(answer.rid, answer.status) for answer in step.answers] == [(rid, 502) for rid in mine]
     assert step.sent == [(at[rid][0], AbortRequest(rid)) for rid in mine]
     assert router.lost("d0") == Step([], [])
+
+
+def test_every_message_of_a_client_goes_where_it_belongs() -> None:
+    """The requests of a batch each to a pair of their own, aborts to the pair, what concerns all to all (N 53)."""
+    engines = [*PREFILLS, *DECODES]
+    users: Any = None  # nobody is answered here
+    front = PairFront(PairRouter(PREFILLS, DECODES, 0), engines, World(), users)
+    came: dict[str, list[Message]] = {engine: [] for engine in engines}
+    front.inboxes = [came[engine].append for engine in engines]
+    front.send(BatchGenerateRequest((request("r"), request("s"))))
+    for rid in "rs":
+        halves = {name: m for name in engines for m in came[name] if isinstance(m, GenerateRequest) and m.rid == rid}
+        (pair,) = {half.pair for half in halves.values()}
+        assert pair is not None and set(halves) == {pair.prefill, pair.decode}
+        front.send(AbortRequest(rid))
+        assert {name for name in engines if AbortRequest(rid) in came[name]} == set(halves)
+    front.send(FlushCache())
+    assert all(messages[-1] == FlushCache() for messages in came.values())

@@ -180,6 +180,15 @@ def aborts_a_sender_alone(design: str) -> None:
     assert statuses(deployment) == {"r0": 200, "r1": 200, "r2": 200}
 
 
+def grows_beside_what_is_aside(design: str) -> None:
+    """Pages of an aborted transfer are kept until its lease ends: the last one that decodes waits for them."""
+    setup = pressed(design, link=LinkSpec(0.0005, 500))
+    jobs = [Job("r0", (("a", 10),), 40), Job("r1", (("b", 30),))]
+    deployment = run(setup, jobs, at=[(70_000, abort("r1"))], faults=FaultOf(RoomClosed, Fault(lost=True)))
+    assert statuses(deployment) == {"r0": 200, "r1": 499}
+    assert deployment.counter("retractions") == 1
+
+
 def reserves_behind_a_step(design: str) -> None:
     """Pages of a request that has ended are given to a transfer which is faster than the step in flight."""
     slow = ConstantDevice(decode_ns=400_000)
@@ -325,6 +334,10 @@ def frees_the_destination_at_once(patch: Patch) -> None:
     around(patch, DecodeSide, "_set_aside", set_aside)
 
 
+def forgets_what_is_aside(patch: Patch) -> None:
+    patch.setattr(DecodeSide, "holds_memory", property(lambda self: bool(self.transfer or self.arrived)))
+
+
 def frees_the_source_at_once(patch: Patch) -> None:
     def give_up(original: Any, self: PrefillSide, request: Any, ending: Ending) -> None:
         original(self, request, ending)
@@ -446,6 +459,7 @@ PITFALLS = [
     Pitfall("N 45", corrupts, takes_what_is_corrupt, "a corrupt chunk was taken"),
     Pitfall("N 46", stops_at_the_first_token, forgets_the_first_end, "('length', 7)"),
     Pitfall("E 1", aborts_amid_transfers, frees_the_destination_at_once, "is not its own"),
+    Pitfall("E 1, pressure", grows_beside_what_is_aside, forgets_what_is_aside, "500"),
     Pitfall("E 1, source", aborts_a_sender_alone, frees_the_source_at_once, "is not its own"),
     Pitfall("E 2", loses_acknowledgements, leases_never_end, "not drained"),
     Pitfall("E 5", loses_each_message, leases_never_end, "Deadlock"),

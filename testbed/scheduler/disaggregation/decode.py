@@ -137,8 +137,8 @@ class DecodeSide:
 
     @property
     def holds_memory(self) -> bool:
-        """Whether requests hold memory that are not in the running batch."""
-        return bool(self.transfer or self.arrived)
+        """Whether memory is held outside the running batch that others will give back."""
+        return bool(self.transfer or self.arrived or self.aside)
 
     def is_open(self, room: int) -> bool:
         """See rooms.Side."""
@@ -366,7 +366,8 @@ class DecodeSide:
             if not self._scheduler.memory.slots.available:
                 return
             needed = self._in_pages(tokens + 1) + self.rooms.terms.reserved_decode_tokens
-            if needed > self._allocatable_tokens() and not self._fits_alone(tokens + 1):
+            # What is set aside comes back: with room for one token only, it would be retracted until then.
+            if needed > self._allocatable_tokens() and (self.aside or not self._fits_alone(tokens + 1)):
                 return
             del self.retracted[0]
             self._take_memory(request, tokens)
@@ -421,7 +422,7 @@ class DecodeSide:
 
     def _fits_alone(self, tokens: int) -> bool:
         """With nobody else about, what fits is let in: refusing would block the queue for ever."""
-        if self._running_rows() or self.holds_memory:
+        if self._running_rows() or self.transfer or self.arrived:
             return False
         return self._in_pages(tokens) <= self._scheduler.memory.allocator.available_tokens
 
