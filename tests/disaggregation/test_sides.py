@@ -28,6 +28,7 @@ from testbed.messages import (
     decode_message,
     encode_message,
 )
+from testbed.request import NEVER
 from testbed.scenario.errors import InputError
 from testbed.scheduler.disaggregation import DecodeSide, Outgoing, Poll, PrefillSide, Terms
 from testbed.scheduler.scheduler import Scheduler
@@ -170,6 +171,21 @@ def test_admission_is_the_formula_of_the_specification(
     nobody = not lives and not transfers
     side.process_decode_queue()
     assert (99 in side.transfer) == (admitted or (nobody and prompt <= available))
+
+
+def test_a_step_holds_a_reservation_up_only_if_somebody_in_it_has_ended() -> None:
+    """Whose pages may be those that are reserved."""
+    scheduler = half("decode")
+    running(scheduler, 0)
+    batch = scheduler.get_next_batch_to_run(0)
+    assert batch is not None and scheduler.in_flight == [batch]
+    fences = []
+    for room in (1, 2):
+        hand(scheduler, request(room), asked(room))
+        decode_side(scheduler).process_decode_queue()
+        fences.append(decode_side(scheduler).rooms.outgoing[-1].fence)
+        hand(scheduler, AbortRequest("r0"))
+    assert fences == [NEVER, batch.index]
 
 
 def test_metadata_slots_and_rows_bound_the_transfers() -> None:

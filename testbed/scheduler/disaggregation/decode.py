@@ -390,15 +390,15 @@ class DecodeSide:
             del self.prealloc[room]
 
     def _reserve(self, receiver: Receiver) -> None:
-        """Take memory for a prompt, and tell where. A launched step may still write to the pages (an extra row of the
-        overlap loop): the other side hears of them when it has ended."""
+        """Take memory for a prompt, and tell where. A launched step may still write to the pages if a request of it has
+        ended (an extra row of the overlap loop): then the other side hears of them when that step has."""
         scheduler, request = self._scheduler, receiver.request
         receiver.metadata_slot = self.metadata_slots.pop()
         pages = self._take_memory(request, request.prompt_tokens)
         request.first_scheduled_ns = receiver.reserved_ns = self.rooms.now_ns
         self.transfer[receiver.room] = receiver
         self.rooms.lease(receiver.room, self.rooms.terms.transfer_timeout_ns)
-        fence = scheduler.in_flight[-1].index if scheduler.in_flight else NEVER
+        fence = max((step.index for step in scheduler.in_flight if step.extra_rows), default=NEVER)
         self.rooms.tell(receiver.peer, RoomReserved, receiver.room, receiver.peer_epoch, fence=fence, pages=pages)
 
     def _take_memory(self, request: Request, tokens: int) -> NDArray[np.int32]:
