@@ -47,7 +47,7 @@ class WallClock:
     def __init__(self) -> None:
         self.origin_ns = time.perf_counter_ns()
         self.stopping = False
-        """Somebody wants the run to end (Ctrl-C): the next ``recv`` ends the loop."""
+        """Somebody wants the run to end (Ctrl-C): the next ``recv`` ends the loop, or a wait for a modelled step."""
 
     def now_ns(self) -> int:
         """The time."""
@@ -306,8 +306,10 @@ class WallRuntime:
         return _Running(self, work, batch.rows)
 
     def wait_for(self, work: Work) -> StepResult:
-        """Wait until the device has ended a batch."""
+        """Wait until the device has ended a batch. Raises LoopEnded when the run is to end before that."""
         result = work.wait()
+        if self.clock.stopping and self.now_ns() < result.end_ns:
+            raise LoopEnded
         self._mark_ns = max(self._mark_ns, result.end_ns)
         self.charge(Stage.WAIT, len(result.token_ids))
         return result

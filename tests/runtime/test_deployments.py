@@ -60,6 +60,16 @@ def test_a_request_to_end_is_heard_while_all_wait(fields: dict[str, Any]) -> Non
     assert deployment.traffic.ended < 3
 
 
+@pytest.mark.parametrize("engine", [{"loop": "overlap_thread"}, {"parallel": {"pp": 2}}, {"parallel": {"dp": 2}}])
+def test_a_request_to_end_is_heard_within_a_step(engine: dict[str, Any]) -> None:
+    """The first step takes a minute, which nobody waits for."""
+    clock, device = WallClock(), {"constant": {"prefill_ns": 60 * 10**9, "decode_ns": 0}}
+    deployment = PacedDeployment(build_engines(scenario(device=device, engine=engine)), clock, None)
+    threading.Timer(NAP_S, lambda: setattr(clock, "stopping", True)).start()
+    deployment.run()
+    assert clock.now_ns() < 20 * 10**9 and deployment.traffic.ended == 0
+
+
 def test_a_failure_in_one_loop_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     engines = build_engines(scenario(2_000, 50, **SEVERAL["replicas"]))
 
