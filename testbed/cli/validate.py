@@ -32,18 +32,22 @@ def implied(scenario: Scenario) -> Iterator[tuple[str, str]]:
     from testbed.costs.capacity import kv_dtype, stage_layers, stage_weight_bytes
     from testbed.deployment import build_engines
 
-    engines, config = build_engines(scenario), scenario.engine
+    engines = build_engines(scenario)
     engine = engines[0]
-    yield "loop", engine.loop_name + (" (auto)" if config.loop == "auto" else "")
     if len(engines) > 1:
         yield "loops", ", ".join(one.place.name for one in engines)
-    layers = stage_layers(engine.model, config.parallel)
-    weights = [stage_weight_bytes(engine.model, config, stage) / config.parallel.tp for stage in range(len(layers))]
-    gigabytes = ", ".join(f"{size / 1e9:.2f}" for size in weights)
-    yield "weights", f"{gigabytes} GB a device" + (", by stage" if len(layers) > 1 else "")
-    token_bytes = engine.model.kv_bytes_per_token(kv_dtype(config), config.parallel.tp, max(layers))
-    kv_gigabytes = engine.kv_tokens * token_bytes / 1e9
-    yield "KV", f"{engine.kv_tokens:,} tokens of {token_bytes:,} bytes = {kv_gigabytes:.2f} GB a device"
+    for one in engines:
+        if one.place.stage or one.place.replica:
+            continue  # as the first of its kind
+        config, whose = one.scheduler.config, "" if one.place.role == "null" else f"{one.place.role}: "
+        yield "loop", whose + one.loop_name + (" (auto)" if config.loop == "auto" else "")
+        layers = stage_layers(one.model, config.parallel)
+        weights = [stage_weight_bytes(one.model, config, stage) / config.parallel.tp for stage in range(len(layers))]
+        gigabytes = ", ".join(f"{size / 1e9:.2f}" for size in weights)
+        yield "weights", f"{whose}{gigabytes} GB a device" + (", by stage" if len(layers) > 1 else "")
+        token_bytes = one.model.kv_bytes_per_token(kv_dtype(config), config.parallel.tp, max(layers))
+        kv_gigabytes = one.kv_tokens * token_bytes / 1e9
+        yield "KV", f"{whose}{one.kv_tokens:,} tokens of {token_bytes:,} bytes = {kv_gigabytes:.2f} GB a device"
     yield "context", f"{engine.context_length:,} tokens"
     requests = engine.workload.expected_requests()
     yield "workload", "only the run can tell how many requests" if requests is None else f"{requests:,} requests"

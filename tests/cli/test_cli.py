@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -177,6 +178,17 @@ def test_validate_says_what_follows(folder: Path, capsys: pytest.CaptureFixture[
     assert "# weights:    1.19 GB a device" in out
     assert "# loop:       overlap (auto)" in out
     assert "tokens of 114,688 bytes" in out
+
+
+def test_validate_says_it_of_each_kind_of_engine(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["device=h100-sxm", "engine.kv_tokens=null", "disaggregation.prefill_stages=2"]
+    assert invoke(["validate", "s.yaml", *(word for setting in settings for word in ("--set", setting))]) == OK
+    out = capsys.readouterr().out
+    assert "# loop:       prefill: pipeline_prefill (auto)" in out
+    assert "# loop:       decode: overlap_decode (auto)" in out
+    assert re.search(r"# weights: +prefill: [\d.]+, [\d.]+ GB a device, by stage", out)
+    gigabytes = re.findall(r"# KV: .* = ([\d.]+) GB a device", out)
+    assert len(gigabytes) == 2 and all(60 < float(size) < 80 for size in gigabytes)
 
 
 def test_a_scenario_without_a_name_has_that_of_its_file(folder: Path) -> None:
