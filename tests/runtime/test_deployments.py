@@ -93,3 +93,12 @@ def test_a_loop_that_returns_is_refused(tmp_path: Any) -> None:
     one = scenario(engine={"loop": f"{tmp_path}/mine.py:returns"})
     with pytest.raises(InputError, match="the event loop has returned"):
         execute(one, paced=True)
+
+
+@pytest.mark.parametrize("parallel", [{}, {"dp": 2}])
+def test_a_loop_of_ones_own_may_start_threads(parallel: dict[str, int], tmp_path: Any) -> None:
+    own = "from testbed.loops.overlap_thread import event_loop_overlap_thread as theirs\n"
+    (tmp_path / "threads.py").write_text(f"{own}async def mine(loop):\n    await theirs(loop)\n")
+    one = scenario(engine={"loop": f"{tmp_path}/threads.py:mine", "parallel": parallel})
+    for run in (simulate(one), execute(one, paced=True)):
+        assert run.records.requests["finish_reason"] == ["length"] * 20
