@@ -9,8 +9,10 @@ import pytest
 
 from testbed.loops.base import LoopContext
 from testbed.loops.normal import event_loop_normal
+from testbed.loops.overlap import event_loop_overlap
 from testbed.runtime.modelled import Deadlock
 from testbed.scenario.errors import InputError
+from tests.loops.stages import pipeline, run_stages
 from tests.properties.draws import LOOPS
 from tests.properties.world import Job, engine, run
 
@@ -104,3 +106,10 @@ def test_a_loop_of_ones_own_runs_unchanged() -> None:
 
     outcome = run(engine(), [Job("r")], loop=chatty)
     assert outcome.records.counters["mine"] == 1
+
+
+def test_a_loop_that_knows_of_no_stages_is_refused_in_a_pipeline() -> None:
+    for loop in (event_loop_normal, event_loop_overlap):
+        with pytest.raises(InputError, match="last stage alone draws them") as caught:
+            run_stages(pipeline(2), [Job("r")], loop=loop)
+        assert caught.value.where == "engine.loop" and caught.value.remedy
