@@ -83,7 +83,8 @@ def test_never_awaited_is_an_error_in_this_suite(request: pytest.FixtureRequest)
     assert "error" in request.config.getini("filterwarnings")
 
 
-def test_a_loop_that_suspends_on_the_wall_clock_is_refused() -> None:
+@pytest.mark.parametrize("paced", [False, True])
+def test_a_loop_that_awaits_what_is_no_port_is_refused(paced: bool) -> None:
     import types
 
     @types.coroutine
@@ -93,8 +94,9 @@ def test_a_loop_that_suspends_on_the_wall_clock_is_refused() -> None:
     async def loop(context: LoopContext) -> None:
         await elsewhere()
 
-    with pytest.raises(RuntimeError, match="not a port"):
-        run(engine(), [Job("r")], loop=loop, paced=True)
+    with pytest.raises(InputError, match="not a port") as caught:
+        run(engine(), [Job("r")], loop=loop, paced=paced)
+    assert caught.value.where == "engine.loop" and caught.value.remedy
 
 
 def test_a_loop_of_ones_own_runs_unchanged() -> None:

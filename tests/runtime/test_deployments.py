@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import Any
 
 import pytest
@@ -91,8 +92,9 @@ def test_what_a_user_heard_is_recorded() -> None:
 def test_a_loop_that_returns_is_refused(tmp_path: Any) -> None:
     (tmp_path / "mine.py").write_text("async def returns(loop):\n    await loop.recv_requests(block=True)\n")
     one = scenario(engine={"loop": f"{tmp_path}/mine.py:returns"})
-    with pytest.raises(InputError, match="the event loop has returned"):
-        execute(one, paced=True)
+    for run in (simulate, partial(execute, paced=True)):
+        with pytest.raises(InputError, match="the event loop has returned"):
+            run(one)
 
 
 @pytest.mark.parametrize("parallel", [{}, {"dp": 2}])
