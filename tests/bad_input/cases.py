@@ -265,7 +265,9 @@ PLUGINS = [
     own("strategy that fails", "batching", "class Mine:\n    def next_batch(self, scheduler):\n        raise ValueError('oops')\n", "in mine.py:3, next_batch: ", "ValueError: oops", "mend mine.py:3"),
     own("strategy that cannot be made", "batching", "class Mine:\n    def __init__(self):\n        1 / 0\n", "in mine.py:3, __init__: ", "ZeroDivisionError", "mend mine.py:3"),
     own("policy that fails", "policy", "def Mine(waiting, scheduler):\n    waiting.sort(key=lambda one: one.length)\n", "in mine.py:2, <lambda>: ", "AttributeError", "mend mine.py:2"),
+    own("policy whose library fails", "policy", "import json\ndef Mine(waiting, scheduler):\n    json.loads('oops')\n", "in mine.py:3, Mine: ", "JSONDecodeError", "mend mine.py:3"),
     own("loop that fails", "loop", "async def Mine(loop):\n    await loop.recv_requests(True)\n    raise KeyError('x')\n", "in mine.py:3, Mine: ", "KeyError: 'x'", "mend mine.py:3"),
+    own("loop of another library", "loop", "import asyncio\nasync def Mine(loop):\n    await asyncio.sleep(1)\n", "in mine.py:3, Mine: ", "no running event loop", "mend mine.py:3"),
 ]
 
 # fmt: on
