@@ -9,7 +9,6 @@ from testbed.cli import options
 from testbed.scenario.load import resolved_yaml
 
 if TYPE_CHECKING:
-    from testbed.deployment import Engine
     from testbed.scenario.schema import Scenario
 
 
@@ -30,21 +29,25 @@ def validate(scenario: options.ScenarioFile, settings: options.Settings = None) 
 
 def implied(scenario: Scenario) -> Iterator[tuple[str, str]]:
     """What follows from a scenario, as (label, words); variants share most. Raises InputError when it cannot run."""
+    from testbed.costs.capacity import kv_dtype, stage_layers, stage_weight_bytes
     from testbed.deployment import build_engines
 
     engines = build_engines(scenario)
     engine = engines[0]
-    yield (
-        "loop",
-        ", ".join(dict.fromkeys(e.loop_name for e in engines)) + (" (auto)" if scenario.engine.loop == "auto" else ""),
-    )
     if len(engines) > 1:
         yield "loops", ", ".join(one.place.name for one in engines)
-    if engine.place.role == "prefill" and engine.place.stages > 1:
-        for one in (engine, engines[-1]):
-            yield from ((label, f"{words} ({one.place.role})") for label, words in _memory(one))
-    else:
-        yield from _memory(engine)
+    for one in engines:
+        if one.place.stage or one.place.replica:
+            continue  # as the first of its kind
+        config, whose = one.scheduler.config, "" if one.place.role == "null" else f"{one.place.role}: "
+        yield "loop", whose + one.loop_name + (" (auto)" if config.loop == "auto" else "")
+        layers = stage_layers(one.model, config.parallel)
+        weights = [stage_weight_bytes(one.model, config, stage) / config.parallel.tp for stage in range(len(layers))]
+        gigabytes = ", ".join(f"{size / 1e9:.2f}" for size in weights)
+        yield "weights", f"{whose}{gigabytes} GB a device" + (", by stage" if len(layers) > 1 else "")
+        token_bytes = one.model.kv_bytes_per_token(kv_dtype(config), config.parallel.tp, max(layers))
+        kv_gigabytes = one.kv_tokens * token_bytes / 1e9
+        yield "KV", f"{whose}{one.kv_tokens:,} tokens of {token_bytes:,} bytes = {kv_gigabytes:.2f} GB a device"
     yield "context", f"{engine.context_length:,} tokens"
     requests = engine.workload.expected_requests()
     yield "workload", "only the run can tell how many requests" if requests is None else f"{requests:,} requests"
@@ -54,18 +57,3 @@ def implied(scenario: Scenario) -> Iterator[tuple[str, str]]:
         yield "unmeasured", part
     for part in engine.host.guesses():
         yield "guessed", part
-
-
-def _memory(engine: Engine) -> Iterator[tuple[str, str]]:
-    """What the devices of one engine hold."""
-    from testbed.costs.capacity import kv_dtype, stage_layers, stage_weight_bytes
-    from testbed.deployment.build import scenario_at
-
-    config = scenario_at(engine.scenario, engine.place, engine.model).engine
-    layers = stage_layers(engine.model, config.parallel)
-    weights = [stage_weight_bytes(engine.model, config, stage) / config.parallel.tp for stage in range(len(layers))]
-    gigabytes = ", ".join(f"{size / 1e9:.2f}" for size in weights)
-    yield "weights", f"{gigabytes} GB a device" + (", by stage" if len(layers) > 1 else "")
-    token_bytes = engine.model.kv_bytes_per_token(kv_dtype(config), config.parallel.tp, max(layers))
-    kv_gigabytes = engine.kv_tokens * token_bytes / 1e9
-    yield "KV", f"{engine.kv_tokens:,} tokens of {token_bytes:,} bytes = {kv_gigabytes:.2f} GB a device"

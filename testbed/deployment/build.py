@@ -142,7 +142,7 @@ def _build(
 ) -> Engine:
     """One engine. ``beside``: another one of the deployment, whose workload and tokens it shares."""
     model = load_model(scenario.model)
-    given, scenario = scenario, scenario_at(scenario, place, model)
+    given, scenario = scenario, _at(scenario, place, model)
     config = scenario.engine
     device = load_device(scenario.device) if isinstance(scenario.device, str) else None
     kv_tokens = real.kv_tokens if real else _kv_tokens(scenario, model, device)
@@ -178,7 +178,7 @@ def _build(
     )
 
 
-def scenario_at(scenario: Scenario, place: Place, model: ModelSpec) -> Scenario:
+def _at(scenario: Scenario, place: Place, model: ModelSpec) -> Scenario:
     """The scenario as the engine at ``place`` sees it: only prefill engines have stages beside decode engines. Raises
     InputError for more stages than the model has layers."""
     if place.role != "prefill" or place.stages == 1:

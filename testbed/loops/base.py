@@ -19,6 +19,7 @@ from testbed.ports import (
     Threads,
 )
 from testbed.request import Request
+from testbed.scenario.errors import InputError
 from testbed.scheduler.load import load_report
 from testbed.scheduler.open_rows import open_rows
 from testbed.scheduler.scheduler import Scheduler
@@ -111,10 +112,18 @@ class LoopContext:
             pending.sample(self.grammars.masks(batch))
 
     async def process_batch_result(self, batch: Batch, pending: Pending) -> None:
-        """Wait for the result, apply it, sample the batch that waits for it, send the tokens and the ends."""
+        """Wait for the result, apply it, sample the batch that waits for it, send the tokens and the ends. Raises
+        InputError for a result without tokens: a loop that knows of no stages, in a pipeline."""
         result = await pending.result()
+        rows = len(result.token_ids)
+        if not rows:
+            raise InputError(
+                "the event loop processes a result without tokens: a pipeline's last stage alone draws them",
+                where="engine.loop",
+                remedy="let the loop hand on what a stage makes, as testbed/loops/pipeline.py, or use loop: auto",
+            )
         ended = self.scheduler.process_batch_result(batch, result)
-        self.cpu.charge(Stage.PROCESS, len(result.token_ids), 0, len(ended))
+        self.cpu.charge(Stage.PROCESS, rows, 0, len(ended))
         if batch.has_grammar:
             self._accept(batch, result)
         if self.unsampled is not None:

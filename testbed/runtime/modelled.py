@@ -1,4 +1,4 @@
-"""What both modelled devices (virtual and paced) share: how a launch is priced, and how a run can fail."""
+"""What virtual time and the wall clock share: how a launch on a modelled device is priced, and how a run can fail."""
 
 from __future__ import annotations
 
@@ -20,6 +20,22 @@ class Deadlock(InputError):
             remedy="a batching strategy or policy of your own never schedules them, or rules.can_stall (preset "
             "sglang-0.5.1) lets a request that no longer fits block the queue: set it to false, or raise kv_tokens",
         )
+
+
+class LoopReturned(InputError):
+    """An event loop has come to its end by itself."""
+
+    def __init__(self) -> None:
+        remedy = "let it go on for ever (while True): its runtime ends it"
+        super().__init__("the event loop has returned", where="engine.loop", remedy=remedy)
+
+
+class NoPort(InputError):
+    """An event loop waits for something that neither clock knows of."""
+
+    def __init__(self) -> None:
+        remedy = "await the steps of testbed/loops/base.py, and loop.cpu.sleep(ns) in place of asyncio.sleep"
+        super().__init__("the event loop has awaited something that is not a port", where="engine.loop", remedy=remedy)
 
 
 class OutOfMemory(InputError):

@@ -196,9 +196,12 @@ class ReplayRuntime:
         self._compared += len(log)
 
     def result_of(self, batch: Batch, token_ids: NDArray[np.int32] | None) -> StepResult:
-        """What the run's device returned for a step; ``token_ids`` where the journal keeps none."""
+        """What the run's device returned for a step; ``token_ids`` where the journal keeps none. Raises LoopEnded where
+        the run was ended while it waited for that."""
         step, journal = batch.index, self.journal
         if step >= len(journal.sent) or step >= len(self._times):
+            if next(self._deliveries, None) is None:
+                raise LoopEnded
             raise _Diverged(step, "the run holds no result of this step")
         if token_ids is None:
             token_ids = journal.tokens[step]

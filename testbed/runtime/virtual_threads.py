@@ -30,7 +30,7 @@ class VirtualThreads:
 
     def start(self, name: str, thread: Coroutine[Any, Any, None]) -> None:
         """See ports.Threads."""
-        self._runtime.world.start(name, thread)
+        self._runtime.world.start(name, thread, may_return=True)
 
     def event(self) -> Event:
         """See ports.Threads."""

@@ -25,10 +25,9 @@ from testbed.messages import ControlOutput, GrammarReady, GrammarSpec, Message, 
 from testbed.metrics.recorder import Recorder
 from testbed.ports import Grammars, Inbox, Neighbours, Peers, Reports, Stage, Threads
 from testbed.runtime.alone import Alone
-from testbed.runtime.modelled import Deadlock
+from testbed.runtime.modelled import Deadlock, LoopReturned, NoPort
 from testbed.runtime.oracle import FAR
 from testbed.runtime.traffic import Traffic
-from testbed.scenario.errors import InputError
 from testbed.workload.base import TimedRequest
 
 SPIN_NS = 300_000
@@ -47,7 +46,7 @@ class WallClock:
     def __init__(self) -> None:
         self.origin_ns = time.perf_counter_ns()
         self.stopping = False
-        """Somebody wants the run to end (Ctrl-C): the next ``recv`` ends the loop."""
+        """Somebody wants the run to end (Ctrl-C): the next ``recv`` ends the loop, or a wait for a modelled step."""
 
     def now_ns(self) -> int:
         """The time."""
@@ -306,8 +305,10 @@ class WallRuntime:
         return _Running(self, work, batch.rows)
 
     def wait_for(self, work: Work) -> StepResult:
-        """Wait until the device has ended a batch."""
+        """Wait until the device has ended a batch. Raises LoopEnded when the run is to end before that."""
         result = work.wait()
+        if self.clock.stopping and self.now_ns() < result.end_ns:
+            raise LoopEnded
         self._mark_ns = max(self._mark_ns, result.end_ns)
         self.charge(Stage.WAIT, len(result.token_ids))
         return result
@@ -390,15 +391,14 @@ def stops_on_interrupt(clock: WallClock) -> Iterator[None]:
 
 
 def run_to_the_end(loop: Coroutine[Any, Any, None]) -> None:
-    """Drive a loop until its runtime says that nothing more will come. Raises RuntimeError if the loop ever suspends:
-    on the wall clock every ``await`` blocks; InputError if it returns."""
+    """Drive a loop until its runtime says that nothing more will come. Raises NoPort if the loop ever suspends: on the
+    wall clock every ``await`` blocks; LoopReturned if it returns."""
     try:
         loop.send(None)
     except LoopEnded:
         return
     except StopIteration:
-        remedy = "let it go on for ever (while True): its runtime ends it"
-        raise InputError("the event loop has returned", where="engine.loop", remedy=remedy) from None
+        raise LoopReturned from None
     finally:
         loop.close()
-    raise RuntimeError("a loop suspended on the wall clock: it awaited something that is not a port")
+    raise NoPort

@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from testbed.loops.overlap_thread import event_loop_overlap_thread
-from testbed.loops.select import EventLoop
+from testbed.loops.select import LOOPS, EventLoop
 from testbed.ports import Channel, Event, Stage
 from testbed.runtime.modelled import Deadlock
 from testbed.runtime.wall import WallRuntime
@@ -153,5 +153,6 @@ class ThreadedWallRuntime(WallRuntime):
 
 
 def runtime_for(loop: EventLoop) -> type[WallRuntime]:
-    """The kind of runtime that ``loop`` needs."""
-    return ThreadedWallRuntime if loop is event_loop_overlap_thread else WallRuntime
+    """The kind of runtime that ``loop`` needs: one of the user's own may start threads."""
+    starts_none = loop in LOOPS.values() and loop is not event_loop_overlap_thread
+    return WallRuntime if starts_none else ThreadedWallRuntime

@@ -13,7 +13,7 @@ import simpy
 from simpy.core import StopSimulation
 from simpy.events import URGENT
 
-from testbed.runtime.modelled import Deadlock
+from testbed.runtime.modelled import Deadlock, LoopReturned, NoPort
 
 
 @types.coroutine
@@ -43,16 +43,18 @@ class World:
         event.callbacks = [lambda _: action()]
         self.env.schedule(event, priority=URGENT, delay=max(when_ns - self.env.now, 0))
 
-    def start(self, name: str, loop: Coroutine[Any, Any, None]) -> None:
-        """A loop begins at this instant."""
-        guarded = self._guarded(loop)
+    def start(self, name: str, loop: Coroutine[Any, Any, None], *, may_return: bool = False) -> None:
+        """A loop begins at this instant. ``may_return``: it is a thread of one, which ends before the world does."""
+        guarded = self._guarded(loop, may_return)
         self._loops.append((name, guarded))
         self.env.process(guarded)  # type: ignore[arg-type]  # SimPy asks for send and throw, which a coroutine has
 
-    async def _guarded(self, loop: Coroutine[Any, Any, None]) -> None:
+    async def _guarded(self, loop: Coroutine[Any, Any, None], may_return: bool) -> None:
         """SimPy re-makes exceptions of its processes: the loop's own is kept here, and ends the world."""
         try:
             await loop
+            if not may_return:
+                raise LoopReturned
         except GeneratorExit:
             raise
         except BaseException as error:
@@ -64,8 +66,8 @@ class World:
         raise StopSimulation(None)
 
     def run(self) -> None:
-        """Run until nothing can happen any more. Raises a loop's own exception as it was, and Deadlock when requests
-        are open but no event is left."""
+        """Run until nothing can happen any more. Raises a loop's own exception as it was, LoopReturned, NoPort, and
+        Deadlock when requests are open but no event is left."""
         try:
             self.env.run()
             if self._failure is not None:
@@ -74,6 +76,10 @@ class World:
                 waiting = "; ".join(f"{name} waits in {where_it_waits(loop)}" for name, loop in self._loops)
                 message = f"at {self.env.now} ns nothing can happen any more and {count} requests are open; {waiting}"
                 raise Deadlock(message)
+        except AttributeError as error:
+            if error.name != "gi_frame":
+                raise
+            raise NoPort from None  # SimPy was given no event, and looks for the frame of a generator to say so
         finally:
             for _, loop in self._loops:
                 loop.close()

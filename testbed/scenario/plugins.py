@@ -16,6 +16,7 @@ from typing import Any
 from testbed.scenario.describe import did_you_mean
 from testbed.scenario.errors import InputError
 
+_OURS = Path(__file__).parents[1]
 _loaded: dict[str, str] = {}
 """Files of the modules that plugins came from, each with the name under which a scenario named it."""
 
@@ -82,20 +83,26 @@ def load_coroutine(name: str, base_dir: str | Path = ".", *, where: str, takes: 
 def own_faults() -> Iterator[None]:
     """What the user's own part raises leaves this block as an InputError with file, line and function.
 
-    It is the part's fault where the innermost frame of the traceback lies in its file.
+    It is the part's fault where the innermost frame of the traceback lies in its file, but for those of the libraries
+    that it calls.
     """
     try:
         yield
     except InputError:
         raise
     except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename in _loaded or _is_ours(f.filename)]
         if not frames or frames[-1].filename not in _loaded:
             raise
         last = frames[-1]
         at = f"{_loaded[last.filename]}:{last.lineno}"
         message = f"{type(error).__name__}: {error}"
         raise InputError(message, where=f"in {at}, {last.name}", remedy=f"mend {at}: {last.line}") from error
+
+
+def _is_ours(file_name: str) -> bool:
+    """Whether a file is one of testbed's own."""
+    return Path(file_name).is_relative_to(_OURS)
 
 
 def _import_file(file_name: str, base: Path, where: str) -> ModuleType:

@@ -152,6 +152,8 @@ CONFLICTS = [
     edited("no replica", "page_size: 1", "parallel: {dp: 0}", "7:14", "engine.parallel.dp", "above 0"),
     edited("routing that nobody knows", "slo:", "routing: {policy: fastest}\nslo:", "12:11", "routing.policy", "power_of_two"),
     edited("devices that do not divide heads", "page_size: 1", "parallel: {tp: 3}", "7:14", "engine.parallel.tp", "1, 2, 4"),
+    edited("more stages than layers", "loop: normal", "parallel: {pp: 33}", "5:14", "engine.parallel.pp", "at most 32"),
+    edited("more stages than layers, of constant times", "loop: normal", "kv_tokens: 4000\n  parallel: {pp: 33}", "6:14", "engine.parallel.pp", "at most 32", base=BASE.replace("h100-sxm", "{constant: {prefill_ns: 1}}")),
     edited("stages of another model", "page_size: 1", "parallel: {stage_layers: [31]}", "7:14", "engine.parallel.stage_layers", "sum to 32"),
     edited("layers of stages that prefill", "page_size: 1", "{parallel: {stage_layers: [32]}}\ndisaggregation: {prefill_stages: 2}", "5:15", "engine.parallel.stage_layers", "leave it out", base=BASE.replace("  loop: normal\n  chunked_prefill_size: 2048\n  page_size: 1\n", "  page_size: 1\n")),
     edited("more prefill stages than layers", "slo:", "disaggregation: {prefill_stages: 33, link: {gb_per_s: 50}}\nslo:", "12:18", "disaggregation.prefill_stages", "at most 32"),
@@ -269,7 +271,9 @@ PLUGINS = [
     own("strategy that fails", "batching", "class Mine:\n    def next_batch(self, scheduler):\n        raise ValueError('oops')\n", "in mine.py:3, next_batch: ", "ValueError: oops", "mend mine.py:3"),
     own("strategy that cannot be made", "batching", "class Mine:\n    def __init__(self):\n        1 / 0\n", "in mine.py:3, __init__: ", "ZeroDivisionError", "mend mine.py:3"),
     own("policy that fails", "policy", "def Mine(waiting, scheduler):\n    waiting.sort(key=lambda one: one.length)\n", "in mine.py:2, <lambda>: ", "AttributeError", "mend mine.py:2"),
+    own("policy whose library fails", "policy", "import json\ndef Mine(waiting, scheduler):\n    json.loads('oops')\n", "in mine.py:3, Mine: ", "JSONDecodeError", "mend mine.py:3"),
     own("loop that fails", "loop", "async def Mine(loop):\n    await loop.recv_requests(True)\n    raise KeyError('x')\n", "in mine.py:3, Mine: ", "KeyError: 'x'", "mend mine.py:3"),
+    own("loop of another library", "loop", "import asyncio\nasync def Mine(loop):\n    await asyncio.sleep(1)\n", "in mine.py:3, Mine: ", "no running event loop", "mend mine.py:3"),
 ]
 
 # fmt: on

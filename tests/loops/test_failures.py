@@ -9,8 +9,10 @@ import pytest
 
 from testbed.loops.base import LoopContext
 from testbed.loops.normal import event_loop_normal
+from testbed.loops.overlap import event_loop_overlap
 from testbed.runtime.modelled import Deadlock
 from testbed.scenario.errors import InputError
+from tests.loops.stages import pipeline, run_stages
 from tests.properties.draws import LOOPS
 from tests.properties.world import Job, engine, run
 
@@ -81,7 +83,8 @@ def test_never_awaited_is_an_error_in_this_suite(request: pytest.FixtureRequest)
     assert "error" in request.config.getini("filterwarnings")
 
 
-def test_a_loop_that_suspends_on_the_wall_clock_is_refused() -> None:
+@pytest.mark.parametrize("paced", [False, True])
+def test_a_loop_that_awaits_what_is_no_port_is_refused(paced: bool) -> None:
     import types
 
     @types.coroutine
@@ -91,8 +94,9 @@ def test_a_loop_that_suspends_on_the_wall_clock_is_refused() -> None:
     async def loop(context: LoopContext) -> None:
         await elsewhere()
 
-    with pytest.raises(RuntimeError, match="not a port"):
-        run(engine(), [Job("r")], loop=loop, paced=True)
+    with pytest.raises(InputError, match="not a port") as caught:
+        run(engine(), [Job("r")], loop=loop, paced=paced)
+    assert caught.value.where == "engine.loop" and caught.value.remedy
 
 
 def test_a_loop_of_ones_own_runs_unchanged() -> None:
@@ -104,3 +108,10 @@ def test_a_loop_of_ones_own_runs_unchanged() -> None:
 
     outcome = run(engine(), [Job("r")], loop=chatty)
     assert outcome.records.counters["mine"] == 1
+
+
+def test_a_loop_that_knows_of_no_stages_is_refused_in_a_pipeline() -> None:
+    for loop in (event_loop_normal, event_loop_overlap):
+        with pytest.raises(InputError, match="last stage alone draws them") as caught:
+            run_stages(pipeline(2), [Job("r")], loop=loop)
+        assert caught.value.where == "engine.loop" and caught.value.remedy

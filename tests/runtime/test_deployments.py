@@ -61,6 +61,16 @@ def test_a_request_to_end_is_heard_while_all_wait(fields: dict[str, Any]) -> Non
     assert deployment.traffic.ended < 3
 
 
+@pytest.mark.parametrize("engine", [{"loop": "overlap_thread"}, {"parallel": {"pp": 2}}, {"parallel": {"dp": 2}}])
+def test_a_request_to_end_is_heard_within_a_step(engine: dict[str, Any]) -> None:
+    """The first step takes a minute, which nobody waits for."""
+    clock, device = WallClock(), {"constant": {"prefill_ns": 60 * 10**9, "decode_ns": 0}}
+    deployment = PacedDeployment(build_engines(scenario(device=device, engine=engine)), clock, None)
+    threading.Timer(NAP_S, lambda: setattr(clock, "stopping", True)).start()
+    deployment.run()
+    assert clock.now_ns() < 20 * 10**9 and deployment.traffic.ended == 0
+
+
 def test_a_failure_in_one_loop_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     engines = build_engines(scenario(2_000, 50, **SEVERAL["replicas"]))
 
@@ -105,5 +115,15 @@ def test_a_device_that_waits_for_keys_and_values_waits_for_a_transfer(run_it: An
 def test_a_loop_that_returns_is_refused(tmp_path: Any) -> None:
     (tmp_path / "mine.py").write_text("async def returns(loop):\n    await loop.recv_requests(block=True)\n")
     one = scenario(engine={"loop": f"{tmp_path}/mine.py:returns"})
-    with pytest.raises(InputError, match="the event loop has returned"):
-        execute(one, paced=True)
+    for run in (simulate, partial(execute, paced=True)):
+        with pytest.raises(InputError, match="the event loop has returned"):
+            run(one)
+
+
+@pytest.mark.parametrize("parallel", [{}, {"dp": 2}])
+def test_a_loop_of_ones_own_may_start_threads(parallel: dict[str, int], tmp_path: Any) -> None:
+    own = "from testbed.loops.overlap_thread import event_loop_overlap_thread as theirs\n"
+    (tmp_path / "threads.py").write_text(f"{own}async def mine(loop):\n    await theirs(loop)\n")
+    one = scenario(engine={"loop": f"{tmp_path}/threads.py:mine", "parallel": parallel})
+    for run in (simulate(one), execute(one, paced=True)):
+        assert run.records.requests["finish_reason"] == ["length"] * 20

@@ -114,16 +114,16 @@ def paced(engine: Mapping[str, Any], loop: str, **fields: Any) -> Run:
     return execute(scenario(chosen, loop, device=device, host="none", workload=workload, **fields), paced=True)
 
 
-def interrupted(loop: str) -> Run:
-    """Somebody presses Ctrl-C in the middle: requests wait, run and are in flight."""
+def interrupted(loop: str, prefill_ns: int = 40_000, after: int = 5) -> Run:
+    """Somebody presses Ctrl-C in the middle, ``after`` requests have ended: others wait, run and are in flight."""
     told: list[int] = []
 
     def stop(now_ns: int, ended: int, *_: object) -> None:
-        if ended >= 5 and not told:
+        if ended >= after and not told:
             told.append(now_ns)
             signal.raise_signal(signal.SIGINT)
 
-    device = {"constant": {"prefill_ns": 40_000, "decode_ns": 20_000}}
+    device = {"constant": {"prefill_ns": prefill_ns, "decode_ns": 20_000}}
     chosen = scenario(TIGHT, loop, device=device, host="none", workload={"arrivals": {"kind": "all_at_once"}})
     with mock.patch("testbed.api.PROGRESS_EVERY_NS", 1):
         found = execute(chosen, paced=True, progress=stop)

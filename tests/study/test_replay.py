@@ -33,7 +33,7 @@ from testbed.study.replay import MOST_REQUESTS, replay
 from tests.metrics.test_journal import BIG_BYTES
 from tests.study.alterations import REFUSED, Alteration, Subject, alterations, by_priority, subject
 from tests.study.forging import edit_json, flip, reseal
-from tests.study.recorded import CASES, OWN, Case, drawn, everything, happened, scenario, simulated
+from tests.study.recorded import CASES, OWN, Case, drawn, everything, happened, interrupted, scenario, simulated
 
 QUIET = settings(
     max_examples=150,
@@ -573,6 +573,15 @@ def test_a_scenario_of_another_version(tmp_path: Path, capsys: pytest.CaptureFix
     assert invoke(["replay", str(tmp_path / "new")]) == WRONG_INPUT
     printed = capsys.readouterr().err
     assert "engine.quantum" in printed and "replay it with the version that made it" in printed
+
+
+@pytest.mark.parametrize("loop", ["normal", "overlap_thread"])
+def test_a_run_that_was_interrupted_within_a_step(loop: str) -> None:
+    """Nobody has waited for the end of that minute: the step has no result, and the replay ends there as well."""
+    recorded = interrupted(loop, prefill_ns=60 * 10**9, after=0)
+    found = replay(recorded)
+    is_the_same(found, recorded)
+    assert found.steps > 0 == len(recorded.records.steps["step"])
 
 
 def test_own_code_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
