@@ -48,7 +48,7 @@ class PacedDeployment:
         runtime.reports = reports_of(engine, self._front, clock.now_ns)
         if self._links is not None:
             runtime.peers = Port(self._links, engine.place.adapter, clock.now_ns, self._world.at_rest)
-            self._links.connect(engine.place.adapter, mailbox.deliver, engine.recorder.transfer)
+            self._links.connect(engine.place.adapter, mailbox.deliver)
         return runtime
 
     def _connect(self, ring: range) -> None:

@@ -51,7 +51,7 @@ class Simulation:
         runtime.reports = reports_of(engine, self._front, lambda: runtime.local_ns)
         if self._links is not None:
             runtime.peers = Port(self._links, engine.place.adapter, lambda: runtime.local_ns)
-            self._links.connect(engine.place.adapter, runtime.deliver, engine.recorder.transfer)
+            self._links.connect(engine.place.adapter, runtime.deliver)
         return runtime
 
     def send_at(self, when_ns: int, message: Message) -> None:

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from testbed.batch import Batch, StepResult
 from testbed.metrics.journal import Journal
-from testbed.metrics.laws import DEVICE_LANE, HOST_LANE, LINK_LANE, merged
 from testbed.metrics.records import REQUEST_COLUMNS, Column, Records
 from testbed.request import ADVANCES, NEVER, Request
 
@@ -27,6 +26,7 @@ _REQUEST_FIELDS = (
     *("prompt_tokens", "cached_tokens", "output_tokens", "max_new_tokens", "retractions"),
     *("prefill_ns", "decode_ns", "retracted_ns", "transfer_ns"),
 )
+DEVICE_LANE = 1
 NO_TIMES = np.empty(0, np.int64)
 
 
@@ -60,9 +60,6 @@ class Recorder:
         self._spans = array("q")
         self.span = self._spans.extend
         """``span((stage, step, begin_ns, end_ns))``: a host span (the array's own method: it is called often)."""
-        self._transfers = array("q")
-        self.transfer = self._transfers.extend
-        """``transfer((begin_ns, end_ns))``: KV was on its way from or to this loop's device."""
         self._ended: dict[str, _Ended] = {}
 
     def count(self, name: str, by: int = 1) -> None:
@@ -154,15 +151,14 @@ class Recorder:
         return columns
 
     def _span_columns(self, steps: dict[str, Any]) -> dict[str, Column]:
-        """Host spans as they happened, then the device's, one a step, then when any transfer was on its way."""
+        """Host spans as they happened, then the device's, one a step."""
         table = np.frombuffer(self._spans, dtype=np.int64).reshape(-1, len(_SPAN_FIELDS))
         device = (steps["mode"], steps["step"], steps["start_ns"], steps["end_ns"])
-        begin, end = merged(*np.frombuffer(self._transfers, dtype=np.int64).reshape(-1, 2).T)
-        link = (np.zeros_like(begin), np.full_like(begin, NEVER), begin, end)
         columns: dict[str, Column] = {
-            name: np.concatenate([table[:, i], device[i], link[i]]) for i, name in enumerate(_SPAN_FIELDS)
+            name: np.concatenate([table[:, i], device[i]]) for i, name in enumerate(_SPAN_FIELDS)
         }
-        lane = np.repeat((HOST_LANE, DEVICE_LANE, LINK_LANE), (len(table), len(steps["step"]), len(begin)))
+        lane = np.zeros(len(columns["name"]), dtype=np.int64)
+        lane[len(table) :] = DEVICE_LANE
         return {"lane": lane, **columns, "replica": np.full(len(lane), self.replica, dtype=np.int64)}
 
     def _pieces(self, rid: str) -> list[NDArray[np.int64]]:

@@ -76,9 +76,9 @@ STEP_COLUMNS = {
 }
 
 SPAN_COLUMNS = {
-    "lane": "0 host thread, 1 device, 2 KV transfers of the device",
-    "name": "host: Stage (0 receive .. 8 finish); device: ForwardMode (1 extend, 2 decode, 3 mixed); transfers: 0",
-    "step": "index of the launch the span belongs to; -1: of none",
+    "lane": "0 host thread, 1 device",
+    "name": "host: Stage (0 receive .. 8 finish); device: ForwardMode (1 extend, 2 decode, 3 mixed)",
+    "step": "index of the launch the span belongs to",
     "begin_ns": "",
     "end_ns": "",
     "replica": "",

@@ -107,12 +107,12 @@ class Run:
 
     @cached_property
     def spans(self) -> pd.DataFrame:
-        """The span records, with ``label`` (stage, forward mode on the device, transfer) and ``duration_ns`` added."""
+        """The span records, with ``label`` (stage, or forward mode on the device) and ``duration_ns`` added."""
         import pandas as pd
 
         table = self.records.spans
         names = {(0, stage.value): stage.name.lower() for stage in Stage}
-        names |= {(1, mode.value): mode.name.lower() for mode in ForwardMode} | {(2, 0): "transfer"}
+        names |= {(1, mode.value): mode.name.lower() for mode in ForwardMode}
         keys = zip(ints(table, "lane").tolist(), ints(table, "name").tolist(), strict=True)
         duration = ints(table, "end_ns") - ints(table, "begin_ns")
         return pd.DataFrame({**table, "label": [names.get(key, "") for key in keys], "duration_ns": duration})

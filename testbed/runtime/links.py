@@ -116,7 +116,6 @@ class Links:
         self._spec = spec
         self._faults = faults or ScriptedFaults()
         self._inboxes: dict[str, Callable[[Message], None]] = {}
-        self._notes: dict[str, Callable[[tuple[int, int]], None]] = {}
         self._cut: dict[tuple[str, str], bool] = {}
         self._transfers: list[_Transfer] = []
         self._since_ns = 0
@@ -130,15 +129,9 @@ class Links:
 
     # -- who is there -----------------------------------------------------------------------------------------------
 
-    def connect(
-        self,
-        engine: str,
-        deliver: Callable[[Message], None],
-        transferred: Callable[[tuple[int, int]], None] = lambda span: None,
-    ) -> None:
-        """``engine`` is there, perhaps again: what is for it goes to ``deliver``. ``transferred((begin_ns, end_ns))``
-        hears of each transfer from it or to it that has ended."""
-        self._inboxes[engine], self._notes[engine] = deliver, transferred
+    def connect(self, engine: str, deliver: Callable[[Message], None]) -> None:
+        """``engine`` is there, perhaps again: what is for it goes to ``deliver``."""
+        self._inboxes[engine] = deliver
 
     def kill(self, engine: str) -> None:
         """``engine`` is gone: nothing reaches it, and its transfers end where they are. Messages that it has sent are
@@ -180,12 +173,8 @@ class Links:
         if fault.corrupt and isinstance(message, KvChunk):
             message = replace(message, **{fault.corrupt: int(getattr(message, fault.corrupt)) ^ 1})
         delay_ns = self._spec.latency_ns + (0 if copy else fault.delay_ns)
-        begin_ns = self._now_ns
 
         def arrive() -> None:
-            if size_bytes:
-                for adapter in (source, destination):
-                    self._notes[adapter]((begin_ns, self._now_ns))
             self._world.at(self._now_ns + delay_ns, lambda: self._deliver(source, destination, message, fault))
 
         if not size_bytes:

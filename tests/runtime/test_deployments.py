@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from functools import partial
 from typing import Any
 
 import pytest
@@ -98,18 +97,6 @@ def test_each_half_of_a_pair_has_a_capacity_of_its_own() -> None:
     found = run.aggregates()
     assert 0 < found["kv_use_mean_percent"] <= found["kv_use_peak_percent"] < 1
     assert 0 < run.steps["owned_tokens"].max() <= 20 * 46
-
-
-@pytest.mark.parametrize("run_it", [simulate, partial(execute, paced=True)], ids=["virtual", "paced"])
-def test_a_device_that_waits_for_keys_and_values_waits_for_a_transfer(run_it: Any) -> None:
-    """40 tokens of 112 KiB over a link of 0.05 GB/s take 92 ms, of which both ends know; the rest takes less."""
-    one = scenario(1, disaggregation={"link": {"gb_per_s": 0.05}})
-    run = run_it(one)
-    spans = run.spans[run.spans["lane"] == 2]
-    assert spans["replica"].tolist() == [0, 1] and set(spans["label"]) == {"transfer"}
-    assert (spans["duration_ns"] >= 40 * 114_688 / 0.05).all()
-    found = run.aggregates()
-    assert found["bubble_transfer_percent"] > found["bubble_host_percent"]
 
 
 def test_a_loop_that_returns_is_refused(tmp_path: Any) -> None:
