@@ -327,7 +327,6 @@ def _meta(engines: Sequence[Engine], label: str, info: DeviceInfo | None) -> dic
     scenario = engine.scenario
     unmeasured = [f"unmeasured: {what}" for what in engine.cost_model.unmeasured()] if info is None else []
     guesses = [f"guess: {what}" for what in engine.host.guesses()] if label == "simulated" else []
-    each = [one.kv_tokens for one in engines]
     meta: dict[str, Any] = {
         "label": label,
         "loop": engine.loop_name,
@@ -336,7 +335,6 @@ def _meta(engines: Sequence[Engine], label: str, info: DeviceInfo | None) -> dic
         "host": engine.host.name if label == "simulated" else scenario.host_inject or "this machine",
         "kv_tokens": engine.kv_tokens,
         **({"loops": [one.place.name for one in engines]} if len(engines) > 1 else {}),
-        **({"kv_tokens_each": each} if len(set(each)) > 1 else {}),
         "notes": [*engine.workload.notes(), *(info.notes if info else ()), *unmeasured, *guesses],
         "provenance": provenance(scenario.seed),
     }

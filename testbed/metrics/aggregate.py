@@ -23,7 +23,6 @@ from testbed.metrics.columns import (
     failed,
     floats,
     ints,
-    kv_capacity,
     replicas,
     request_latencies,
     seen_inside,
@@ -262,20 +261,20 @@ def _device(records: Records, meta: Mapping[str, Any], window: Window) -> dict[s
 
 
 def _memory(records: Records, meta: Mapping[str, Any], window: Window) -> dict[str, float]:
+    capacity = float(meta.get("kv_tokens") or NAN)
     steps = _in_window(records, window)
-    capacity = kv_capacity(meta, ints(records.steps, "replica")[steps])
     free = floats(records.steps, "free_tokens")[steps]
     evictable = floats(records.steps, "evictable_tokens")[steps]
     owned = 100 * (capacity - free - evictable) / capacity
     states = [levels(records, meta, int(replica)) for replica in replicas(records)]
-    available = float(kv_capacity(meta, replicas(records)).sum()) * window.duration_ns
+    available = capacity * window.duration_ns * len(states)
 
     def mean(column: str) -> float:
         area = sum(float((state.values[column] * state.held_ns(*window)).sum()) for state in states)
         return 100 * area / available if len(owned) and available else NAN
 
     return {
-        "kv_tokens": int(meta.get("kv_tokens") or 0) or NAN,
+        "kv_tokens": int(capacity) if capacity == capacity else NAN,
         "kv_use_mean_percent": mean("owned_tokens"),
         "kv_use_peak_percent": float(owned.max()) if len(owned) else NAN,
         "kv_cached_mean_percent": mean("evictable_tokens"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,13 +43,6 @@ def replicas(records: Records) -> Ints:
     seen = np.unique(np.concatenate([ints(records.requests, "replica"), ints(records.steps, "replica")]))
     seen = seen[seen >= 0]
     return seen if len(seen) else np.zeros(1, np.int64)
-
-
-def kv_capacity(meta: Mapping[str, Any], replica: Ints) -> Floats:
-    """KV tokens that each of ``replica`` has room for: float64 [replicas]; NaN where the run does not know."""
-    if each := meta.get("kv_tokens_each"):
-        return np.asarray(each, dtype=np.float64)[replica]
-    return np.full(len(replica), float(meta.get("kv_tokens") or np.nan))
 
 
 def served_by(records: Records, replica: int) -> Bools:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from testbed.metrics.columns import Floats, Ints, floats, ints, kv_capacity, served_by
+from testbed.metrics.columns import Floats, Ints, floats, ints, served_by
 from testbed.metrics.laws import merged, stays
 from testbed.metrics.records import Records
 
@@ -54,9 +54,7 @@ def levels(records: Records, meta: Mapping[str, Any], replica: int) -> Levels:
         return floats(records.steps, column).compress(steps)
 
     free, evictable = at_launch("free_tokens"), at_launch("evictable_tokens")
-    (capacity,) = kv_capacity(meta, np.array([replica])).tolist()
-    if np.isnan(capacity):
-        capacity = float((free + evictable).max(initial=0))
+    capacity = float(meta.get("kv_tokens") or (free + evictable).max(initial=0))
     before = last < 0
     values = {name: np.where(idle, 0.0, _taken(at_launch(name), last)) for name in COLUMNS}
     free_now, cached_now = (_taken(column, last) for column in (free, evictable))

@@ -12,7 +12,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
 from testbed.batch import ForwardMode
 from testbed.metrics.aggregate import LATENCIES, slo_limits
-from testbed.metrics.columns import NS_PER_MS, NS_PER_S, Floats, Ints, completed, ints, kv_capacity, replicas
+from testbed.metrics.columns import NS_PER_MS, NS_PER_S, Floats, Ints, completed, ints, replicas
 from testbed.metrics.comparison import Figure as Compared
 from testbed.metrics.laws import HOST_LANE, Cause, presence, stays
 from testbed.metrics.run import Run
@@ -162,7 +162,7 @@ def kv_timeline(run: Run) -> Figure:
 def _draw_kv(axes: Axes, run: Run) -> float:
     """Draw the KV cache; returns the capacity of all replicas in tokens, 0 where it is not known."""
     bins = time_bins(run.records)
-    capacity = float(np.nan_to_num(kv_capacity(run.meta, replicas(run.records)).sum()))
+    capacity = float(run.meta.get("kv_tokens") or 0) * len(replicas(run.records))
     names = {"owned": "owned_tokens", "cached": "evictable_tokens"} if capacity else {
         "cached": "evictable_tokens", "free": "free_tokens"}  # fmt: skip
     scale = 100 / capacity if capacity else 1.0

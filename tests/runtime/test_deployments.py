@@ -88,17 +88,6 @@ def test_what_a_user_heard_is_recorded() -> None:
     assert set(run.records.requests["finish_reason"]) == {"length", "error"}
 
 
-def test_each_half_of_a_pair_has_a_capacity_of_its_own() -> None:
-    """Stages that prefill have more memory than the whole model that decodes; next to nothing of either is used."""
-    pairs = {"disaggregation": {"prefill_stages": 2, "link": {"gb_per_s": 10}}, "engine": {"kv_tokens": None}}
-    run = simulate(scenario(**pairs).model_copy(update={"device": "h100-sxm"}))
-    prefill, stage, decode = run.meta["kv_tokens_each"]
-    assert prefill == stage == run.meta["kv_tokens"] > 2 * decode
-    found = run.aggregates()
-    assert 0 < found["kv_use_mean_percent"] <= found["kv_use_peak_percent"] < 1
-    assert 0 < run.steps["owned_tokens"].max() <= 20 * 46
-
-
 def test_a_loop_that_returns_is_refused(tmp_path: Any) -> None:
     (tmp_path / "mine.py").write_text("async def returns(loop):\n    await loop.recv_requests(block=True)\n")
     one = scenario(engine={"loop": f"{tmp_path}/mine.py:returns"})
