@@ -30,6 +30,7 @@ from testbed.engine.models.config import load_decoder_config
 from testbed.engine.options import DeviceInfo, EngineOptions
 from testbed.loops.base import LoopContext
 from testbed.memory import OutOfPages
+from testbed.metrics.loops import ANY
 from testbed.metrics.recorder import records_of
 from testbed.metrics.run import Run
 from testbed.runtime import wall
@@ -322,6 +323,13 @@ def _price_work(engines: Sequence[Engine], steps: dict[str, Any]) -> None:
     steps["flops"], steps["bytes"] = (np.concatenate(columns) for columns in zip(*parts, strict=True))
 
 
+def _loop_facts(engine: Engine) -> dict[str, Any]:
+    """See ``Loop``. Who has the requests of a prefill engine's answered is chosen for each of them."""
+    place = engine.place
+    answers = ANY if place.role == "prefill" else place.number - place.stage
+    return {"name": place.name, "kv_tokens": engine.kv_tokens, "stage": place.stage, "answers": answers}
+
+
 def _meta(engines: Sequence[Engine], label: str, info: DeviceInfo | None) -> dict[str, Any]:
     engine = engines[0]
     scenario = engine.scenario
@@ -334,7 +342,7 @@ def _meta(engines: Sequence[Engine], label: str, info: DeviceInfo | None) -> dic
         "device": info.name if info else engine.device.name if engine.device is not None else "constant",
         "host": engine.host.name if label == "simulated" else scenario.host_inject or "this machine",
         "kv_tokens": engine.kv_tokens,
-        **({"loops": [one.place.name for one in engines]} if len(engines) > 1 else {}),
+        **({"loops": [_loop_facts(one) for one in engines]} if len(engines) > 1 else {}),
         "notes": [*engine.workload.notes(), *(info.notes if info else ()), *unmeasured, *guesses],
         "provenance": provenance(scenario.seed),
     }
