@@ -47,7 +47,7 @@ class Operators:
         self, model: ModelSpec, device: DeviceProfile, engine: EngineConfig, stage: int = 0, seed: int = 0
     ) -> None:
         parallel = engine.parallel
-        model.check_parallel(parallel.tp, parallel.pp, parallel.ep)
+        model.check_parallel(parallel.tp, parallel.ep)
         self.model, self.device, self.tp, self.ep = model, device, parallel.tp, parallel.ep
         self.nodes = nodes_of_stage(device, self.tp)
         self.per_node = self.tp // self.nodes

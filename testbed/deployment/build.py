@@ -142,6 +142,9 @@ def _build(
     given, scenario = scenario, _at(scenario, place)
     config = scenario.engine
     model = load_model(scenario.model)
+    model.check_stages(
+        place.stages, "disaggregation.prefill_stages" if place.role == "prefill" else "engine.parallel.pp"
+    )
     device = load_device(scenario.device) if isinstance(scenario.device, str) else None
     kv_tokens = real.kv_tokens if real else _kv_tokens(scenario, model, device)
     context_length = real.context_length if real else config.context_length or model.max_positions

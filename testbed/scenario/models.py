@@ -118,16 +118,19 @@ class ModelSpec:
         count = self.layers if layers is None else layers
         return 2 * count * self.kv_heads_per_gpu(tp) * self.head_dim * DTYPE_BYTES[dtype]
 
-    def check_parallel(self, tp: int, pp: int = 1, ep: int = 1) -> None:
-        """Raise InputError unless the model splits evenly over this many devices."""
+    def check_stages(self, stages: int, where: str) -> None:
+        """Raise InputError unless each of so many pipeline stages, which the field ``where`` names, has a layer."""
+        if stages > self.layers:
+            message = f"{self.name} has {self.layers} layers, fewer than {stages} stages"
+            raise InputError(message, where=where, remedy=f"use at most {self.layers}")
+
+    def check_parallel(self, tp: int, ep: int = 1) -> None:
+        """Raise InputError unless the layers of a stage split evenly over this many devices."""
         where = "engine.parallel"
         if self.heads % tp or (self.kv_heads % tp and tp % self.kv_heads):
             message = f"{self.name} has {self.heads} heads and {self.kv_heads} KV heads: tp {tp} does not split them"
             divisors = ", ".join(str(n) for n in range(1, self.heads + 1) if self._splits(n))
             raise InputError(message, where=f"{where}.tp", remedy=f"use one of {divisors}")
-        if pp > self.layers:
-            message = f"{self.name} has {self.layers} layers, fewer than {pp} stages"
-            raise InputError(message, where=f"{where}.pp", remedy=f"use at most {self.layers}")
         if ep > 1 and (not self.is_moe or self.experts % ep or tp % ep):
             message = f"ep {ep} needs a mixture of experts whose {self.experts} experts, and a tp ({tp}), it divides"
             raise InputError(message, where=f"{where}.ep", remedy="use ep: 1, or a common divisor of the two")

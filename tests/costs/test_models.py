@@ -127,7 +127,7 @@ def test_configs_that_are_refused(change: dict[str, object]) -> None:
         model_from_config({**LLAMA, **change}, name="x")
 
 
-@pytest.mark.parametrize("parallel", [{"tp": 3}, {"tp": 64}, {"tp": 1, "pp": 33}, {"tp": 2, "ep": 2}])
+@pytest.mark.parametrize("parallel", [{"tp": 3}, {"tp": 64}, {"tp": 2, "ep": 2}])
 def test_parallelism_that_does_not_split_the_model(parallel: dict[str, int]) -> None:
     with pytest.raises(InputError):
         load_model("llama-3.1-8b").check_parallel(**parallel)
@@ -135,6 +135,6 @@ def test_parallelism_that_does_not_split_the_model(parallel: dict[str, int]) -> 
 
 def test_expert_parallelism_divides_experts_and_tp() -> None:
     model = load_model("qwen3-30b-a3b")
-    model.check_parallel(4, 1, 4)
+    model.check_parallel(4, 4)
     with pytest.raises(InputError):
-        model.check_parallel(4, 1, 3)
+        model.check_parallel(4, 3)
