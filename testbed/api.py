@@ -79,9 +79,22 @@ def simulate(
         _report_progress(
             engines, traffic, progress, lambda: sum(e.scheduler.steps for e in engines), PROGRESS_EVERY_STEPS
         )
-    with own_faults(), _memory_rules(engines[0]), _rare_collections():
+    with _time_that_records_hold(), own_faults(), _memory_rules(engines[0]), _rare_collections():
         simulation.run()
     return _run(engines, traffic, "simulated")
+
+
+@contextmanager
+def _time_that_records_hold() -> Iterator[None]:
+    """Virtual time costs nothing, so a rate or a latency of a wrong unit soon leads out of what records can hold."""
+    try:
+        yield
+    except OverflowError as error:
+        raise InputError(
+            "the run goes on for more than the 292 years that 64 bits of nanoseconds hold",
+            where="scenario",
+            remedy="look for a rate that is far too low, or a time that is far too long; each names its unit",
+        ) from error
 
 
 def execute(
