@@ -159,6 +159,7 @@ CONFLICTS = [
     edited("more stages than layers", "  loop: normal\n  chunked_prefill_size: 2048\n  page_size: 1", "  parallel: {pp: 33}", "5:14", "32 layers, fewer than 33 stages", "at most 32"),
     edited("more stages than anybody has", "  loop: normal\n  chunked_prefill_size: 2048\n  page_size: 1", "  parallel: {pp: 1_000_000_000}", "5:14", "engine.parallel.pp", "at most 32"),
     edited("more prefill stages than layers", "slo:", "disaggregation: {prefill_stages: 33}\nslo:", "12:18", "32 layers, fewer than 33 stages", "at most 32"),
+    edited("uneven prefill stages", "page_size: 1", "{parallel: {stage_layers: [32]}}", "5:15", "stage_layers: does not go with disaggregation", "leave it out", base=BASE.replace("  loop: normal\n  chunked_prefill_size: 2048\n  page_size: 1\n", "  page_size: 1\n") + "disaggregation: {prefill_stages: 2}\n"),
     edited("stages of another model", "page_size: 1", "parallel: {stage_layers: [31]}", "7:14", "engine.parallel.stage_layers", "sum to 32"),
     edited("copies of experts without balance", "page_size: 1", "experts: {redundant: 8}", "7:13", "engine.experts.redundant", "placement: balanced"),
     edited("tokens sent to all experts", "page_size: 1", "{parallel: {tp: 2}, experts: {dispatch: all_to_all}}", "5:33", "engine.experts.dispatch", "ep: 2", base=BASE.replace("  loop: normal\n  chunked_prefill_size: 2048\n  page_size: 1\n", "  page_size: 1\n")),
