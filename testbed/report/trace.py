@@ -111,7 +111,8 @@ def _spans(run: Run, begin: int, end: int) -> Iterator[Slice]:
         at = (replica, step)
         where = f"{names[replica]}: {_LANES.get(lane, f'lane {lane}')}"
         flow = _flow(replica, step) if lane == DEVICE_LANE or (lane == HOST_LANE and name == Stage.LAUNCH) else 0
-        own = args.get(at, {"step": step}) if flow else {"step": step}
+        known = {} if lane == LINK_LANE else {"step": step}
+        own = args.get(at, known) if flow else known
         yield Slice(where, _name(lane, name), since, until, own, flow)
 
 

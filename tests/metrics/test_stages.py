@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 
 from testbed import simulate
-from testbed.metrics.laws import Cause, device_time, merged
+from testbed.metrics.laws import LINK_LANE, Cause, device_time, merged
 from testbed.metrics.levels import levels
 from testbed.metrics.loops import loops_of
 from testbed.metrics.window import Window, run_end_ns
 from testbed.report.figures import batch_timeline
 from testbed.report.series import level_mean, time_bins
+from testbed.report.trace import _spans
 
 STAGES = 3
 GAP_S = 1.0
@@ -94,3 +95,21 @@ def test_a_failure_at_a_prefill_engine_is_not_all_of_its_work() -> None:
     present = merged(run.requests["arrival_ns"].to_numpy(), run.requests["finish_ns"].to_numpy())
     without = device_time(run.records, window, prefill).total_ns(Cause.NO_WORK)
     assert without == pytest.approx(window.duration_ns - (present[1] - present[0]).sum(), abs=1e7)
+
+
+def test_a_decode_engine_waits_for_transfers() -> None:
+    """One request at a time over a slow link: 1,000 tokens of 131,072 bytes take 1,311 ms at 0.1 GB/s and 10 us."""
+    lengths = {"prompt_tokens": 1000, "output_tokens": 2}
+    arrivals = {"kind": "constant", "rate_per_s": 0.25}
+    workload = {"arrivals": arrivals, "lengths": lengths, "count": 3}
+    run = simulate({**PAIR, "workload": workload, "disaggregation": {"link": {"gb_per_s": 0.1}}})
+    spans = run.spans[run.spans["lane"] == LINK_LANE]
+    assert spans["duration_ns"].tolist() == pytest.approx([1_310_730_000] * 3, abs=5)
+    assert set(spans["replica"]) == {1}
+    window = Window(0, run_end_ns(run.records))
+    prefill, decode = (device_time(run.records, window, loop) for loop in loops_of(run.records, run.meta))
+    assert decode.total_ns(Cause.TRANSFER) == spans["duration_ns"].sum()
+    assert prefill.total_ns(Cause.TRANSFER) == 0
+    assert run.aggregates()["bubble_transfer_percent"] == pytest.approx(50 * 3 * 1.31073e9 / window.duration_ns)
+    drawn = [piece.lane for piece in _spans(run, 0, window.end_ns + 1)]
+    assert drawn.count("decode 0: transfer") == 3
