@@ -30,7 +30,7 @@ from testbed.metrics.recorder import Recorder
 from testbed.runtime.oracle import Oracle
 from testbed.scenario.errors import InputError
 from testbed.scenario.models import ModelSpec, load_model
-from testbed.scenario.plugins import is_plugin, load_callable, load_coroutine, own_faults
+from testbed.scenario.plugins import is_plugin, load_callable, load_coroutine, load_object
 from testbed.scenario.schema import EngineConfig, Scenario
 from testbed.scheduler.disaggregation import Terms
 from testbed.scheduler.scheduler import Checks, Scheduler
@@ -272,12 +272,7 @@ def _own_strategy(name: str) -> Any:
     """The user's own batching strategy, made: a class is called without arguments."""
     if not is_plugin(name):
         return None
-    with own_faults():
-        strategy = load_callable(name, Path.cwd(), where="engine.batching")()
-    if not callable(getattr(strategy, "next_batch", None)):
-        remedy = "give it def next_batch(self, scheduler)"
-        raise InputError(f"{name} has no method 'next_batch'", where="engine.batching", remedy=remedy)
-    return strategy
+    return load_object(name, Path.cwd(), where="engine.batching", method="next_batch", takes=("scheduler",))
 
 
 def _own_policy(name: str) -> Any:
