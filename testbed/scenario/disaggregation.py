@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from testbed.scenario.base import Model, NonNegativeInt, PositiveInt
+from testbed.scenario.base import Loops, Model, NonNegativeInt, PositiveInt
 
 Bandwidth = Annotated[float, Field(ge=1e-6, le=1e9)]
 Seconds = Annotated[float, Field(gt=0, le=1e9)]
@@ -35,8 +35,8 @@ class Link(Model):
 class Disaggregation(Model):
     """How many engines prefill and decode, and on which terms; each has ``engine`` with its ``parallel.tp`` devices."""
 
-    prefill: PositiveInt = 1
-    decode: PositiveInt = 1
+    prefill: Loops = 1
+    decode: Loops = 1
     prefill_stages: PositiveInt = 1
     """Pipeline stages of each prefill engine, with ``parallel.tp`` devices each."""
     link: Link = Link()

@@ -150,6 +150,8 @@ CONFLICTS = [
     edited("pipeline with overlap", "loop: normal", "{loop: overlap, parallel: {pp: 2}}", "5:4", "engine.loop", "pp: 1", base=BASE.replace("  loop: normal\n  chunked_prefill_size: 2048\n  page_size: 1\n", "  loop: normal\n")),
     edited("pipeline with the normal loop", "page_size: 1", "parallel: {pp: 2}", "5:3", "engine.loop", "pp: 1"),
     edited("no replica", "page_size: 1", "parallel: {dp: 0}", "7:14", "engine.parallel.dp", "above 0"),
+    edited("more replicas than memory", "page_size: 1", "parallel: {dp: 1_000_000}", "7:14", "engine.parallel.dp", "at most 1024"),
+    edited("more engines than memory", "slo:", "disaggregation: {decode: 1_000_000}\nslo:", "12:18", "disaggregation.decode", "at most 1024"),
     edited("routing that nobody knows", "slo:", "routing: {policy: fastest}\nslo:", "12:11", "routing.policy", "power_of_two"),
     edited("devices that do not divide heads", "page_size: 1", "parallel: {tp: 3}", "7:14", "engine.parallel.tp", "1, 2, 4"),
     edited("a time-out that no clock holds", "slo:", "disaggregation: {transfer_timeout_s: 1e300}\nslo:", "12:18", "transfer_timeout_s", "at most"),
