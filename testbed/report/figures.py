@@ -29,8 +29,8 @@ CAUSES = {
 }
 PARTS = {
     "queue_ns": ("queue", style.QUIET),
-    "transfer_ns": ("transfer", style.PURPLE),
     "prefill_ns": ("prefill", style.ORANGE),
+    "transfer_ns": ("transfer", style.PURPLE),
     "decode_ns": ("decode", style.BLUE),
     "retracted_ns": ("retracted", style.RED),
 }

@@ -9,7 +9,7 @@ from testbed.metrics.laws import LINK_LANE, Cause, device_time, merged
 from testbed.metrics.levels import levels
 from testbed.metrics.loops import loops_of
 from testbed.metrics.window import Window, run_end_ns
-from testbed.report.figures import batch_timeline
+from testbed.report.figures import batch_timeline, request_timeline
 from testbed.report.series import level_mean, time_bins
 from testbed.report.trace import _spans
 
@@ -113,3 +113,6 @@ def test_a_decode_engine_waits_for_transfers() -> None:
     assert run.aggregates()["bubble_transfer_percent"] == pytest.approx(50 * 3 * 1.31073e9 / window.duration_ns)
     drawn = [piece.lane for piece in _spans(run, 0, window.end_ns + 1)]
     assert drawn.count("decode 0: transfer") == 3
+    bars = {bar.get_label(): bar[0] for bar in request_timeline(run).axes[0].containers}
+    assert bars["transfer"].get_x() == pytest.approx(bars["prefill"].get_x() + bars["prefill"].get_width())
+    assert bars["decode"].get_x() == pytest.approx(bars["transfer"].get_x() + bars["transfer"].get_width())
