@@ -242,6 +242,7 @@ OPTIONS = [
     option("--set without value", ("--set", "engine.loop"), "--set engine.loop: ", "form field=value", "--set engine.loop=normal"),
     option("--set of an unknown field", ("--set", "engine.lop=normal"), "--set engine.lop=normal: ", "engine.lop", "did you mean 'loop'?"),
     option("--set to a wrong value", ("--set", "engine.page_size=0"), "--set engine.page_size=0: ", "engine.page_size: 0", "at least 1"),
+    option("--set to no number", ("--set", "routing.cache_threshold=.nan"), "--set routing.cache_threshold=.nan: .nan is not a finite number", "", "write a finite number"),
     option("--set below a word", ("--set", "model.x=1"), "--set model.x=1: ", "no fields", "as a mapping"),
     option("--set with broken YAML", ("--set", "slo={a"), "--set slo={a: ", "YAML syntax", "brackets"),
     option("--set with an empty part", ("--set", "engine..loop=auto"), "--set engine..loop=auto: ", "form field=value", "--set"),
