@@ -30,6 +30,7 @@ from testbed.engine.models.config import load_decoder_config
 from testbed.engine.options import DeviceInfo, EngineOptions
 from testbed.loops.base import LoopContext
 from testbed.memory import OutOfPages
+from testbed.metrics.loops import ANY
 from testbed.metrics.recorder import records_of
 from testbed.metrics.run import Run
 from testbed.runtime import wall
@@ -78,9 +79,22 @@ def simulate(
         _report_progress(
             engines, traffic, progress, lambda: sum(e.scheduler.steps for e in engines), PROGRESS_EVERY_STEPS
         )
-    with own_faults(), _memory_rules(engines[0]), _rare_collections():
+    with _time_that_records_hold(), own_faults(), _memory_rules(engines[0]), _rare_collections():
         simulation.run()
     return _run(engines, traffic, "simulated")
+
+
+@contextmanager
+def _time_that_records_hold() -> Iterator[None]:
+    """Virtual time costs nothing, so a rate or a latency of a wrong unit soon leads out of what records can hold."""
+    try:
+        yield
+    except OverflowError as error:
+        raise InputError(
+            "the run goes on for more than the 292 years that 64 bits of nanoseconds hold",
+            where="scenario",
+            remedy="look for a rate that is far too low, or a time that is far too long; each names its unit",
+        ) from error
 
 
 def execute(
@@ -322,6 +336,13 @@ def _price_work(engines: Sequence[Engine], steps: dict[str, Any]) -> None:
     steps["flops"], steps["bytes"] = (np.concatenate(columns) for columns in zip(*parts, strict=True))
 
 
+def _loop_facts(engine: Engine) -> dict[str, Any]:
+    """See ``Loop``. Who has the requests of a prefill engine's answered is chosen for each of them."""
+    place = engine.place
+    answers = ANY if place.role == "prefill" else place.number - place.stage
+    return {"name": place.name, "kv_tokens": engine.kv_tokens, "stage": place.stage, "answers": answers}
+
+
 def _meta(engines: Sequence[Engine], label: str, info: DeviceInfo | None) -> dict[str, Any]:
     engine = engines[0]
     scenario = engine.scenario
@@ -334,7 +355,7 @@ def _meta(engines: Sequence[Engine], label: str, info: DeviceInfo | None) -> dic
         "device": info.name if info else engine.device.name if engine.device is not None else "constant",
         "host": engine.host.name if label == "simulated" else scenario.host_inject or "this machine",
         "kv_tokens": engine.kv_tokens,
-        **({"loops": [one.place.name for one in engines]} if len(engines) > 1 else {}),
+        **({"loops": [_loop_facts(one) for one in engines]} if len(engines) > 1 else {}),
         "notes": [*engine.workload.notes(), *(info.notes if info else ()), *unmeasured, *guesses],
         "provenance": provenance(scenario.seed),
     }

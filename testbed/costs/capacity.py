@@ -19,9 +19,7 @@ def kv_dtype(engine: EngineConfig) -> str:
 def stage_layers(model: ModelSpec, parallel: Parallel) -> tuple[int, ...]:
     """Layers of each pipeline stage: those of ``parallel.stage_layers``, or as even as it goes; the first stages hold
     the remainder. Raises InputError unless they are the layers of the model, one for each stage at least."""
-    if parallel.pp > model.layers:
-        message = f"{model.name} has {model.layers} layers, fewer than {parallel.pp} stages"
-        raise InputError(message, where="engine.parallel.pp", remedy=f"use at most {model.layers}")
+    model.check_stages(parallel.pp, "engine.parallel.pp")
     if parallel.stage_layers is None:
         least, more = divmod(model.layers, parallel.pp)
         return tuple(least + (stage < more) for stage in range(parallel.pp))

@@ -30,7 +30,7 @@ from testbed.metrics.recorder import Recorder
 from testbed.runtime.oracle import Oracle
 from testbed.scenario.errors import InputError
 from testbed.scenario.models import ModelSpec, load_model
-from testbed.scenario.plugins import is_plugin, load_callable, load_coroutine, own_faults
+from testbed.scenario.plugins import is_plugin, load_callable, load_coroutine, load_object
 from testbed.scenario.schema import EngineConfig, Scenario
 from testbed.scheduler.disaggregation import Terms
 from testbed.scheduler.scheduler import Checks, Scheduler
@@ -142,7 +142,10 @@ def _build(
 ) -> Engine:
     """One engine. ``beside``: another one of the deployment, whose workload and tokens it shares."""
     model = load_model(scenario.model)
-    given, scenario = scenario, _at(scenario, place, model)
+    model.check_stages(
+        place.stages, "disaggregation.prefill_stages" if place.role == "prefill" else "engine.parallel.pp"
+    )
+    given, scenario = scenario, _at(scenario, place)
     config = scenario.engine
     device = load_device(scenario.device) if isinstance(scenario.device, str) else None
     kv_tokens = real.kv_tokens if real else _kv_tokens(scenario, model, device)
@@ -178,14 +181,10 @@ def _build(
     )
 
 
-def _at(scenario: Scenario, place: Place, model: ModelSpec) -> Scenario:
-    """The scenario as the engine at ``place`` sees it: only prefill engines have stages beside decode engines. Raises
-    InputError for more stages than the model has layers."""
+def _at(scenario: Scenario, place: Place) -> Scenario:
+    """The scenario as the engine at ``place`` sees it: only prefill engines have stages beside decode engines."""
     if place.role != "prefill" or place.stages == 1:
         return scenario
-    if place.stages > model.layers:
-        message = f"{model.name} has {model.layers} layers, fewer than {place.stages} stages"
-        raise InputError(message, where="disaggregation.prefill_stages", remedy=f"use at most {model.layers}")
     parallel = scenario.engine.parallel.model_copy(update={"pp": place.stages})
     return scenario.model_copy(update={"engine": scenario.engine.model_copy(update={"parallel": parallel})})
 
@@ -275,12 +274,7 @@ def _own_strategy(name: str) -> Any:
     """The user's own batching strategy, made: a class is called without arguments."""
     if not is_plugin(name):
         return None
-    with own_faults():
-        strategy = load_callable(name, Path.cwd(), where="engine.batching")()
-    if not callable(getattr(strategy, "next_batch", None)):
-        remedy = "give it def next_batch(self, scheduler)"
-        raise InputError(f"{name} has no method 'next_batch'", where="engine.batching", remedy=remedy)
-    return strategy
+    return load_object(name, Path.cwd(), where="engine.batching", method="next_batch", takes=("scheduler",))
 
 
 def _own_policy(name: str) -> Any:

@@ -98,7 +98,9 @@ def build_links(engines: Sequence[Engine], timeline: Timeline) -> Links | None:
         corrupt=link.corrupt,
         jitter_ns=int(link.jitter_us * 1e3),
     )
-    return Links(timeline, LinkSpec(_gb_per_s(engines[0]), int(link.latency_us * 1e3), link.shared_gb_per_s), faults)
+    spec = LinkSpec(_gb_per_s(engines[0]), int(link.latency_us * 1e3), link.shared_gb_per_s)
+    recorders = {engine.place.adapter: engine.recorder for engine in engines}
+    return Links(timeline, spec, faults, lambda to, begin_ns, end_ns: recorders[to].received(begin_ns, end_ns))
 
 
 def _gb_per_s(engine: Engine) -> float:

@@ -23,7 +23,6 @@ from testbed.metrics.columns import (
     failed,
     floats,
     ints,
-    replicas,
     request_latencies,
     seen_inside,
     token_gaps,
@@ -31,6 +30,7 @@ from testbed.metrics.columns import (
 )
 from testbed.metrics.laws import HOST_LANE, TIME_PARTS, Cause, device_time, presence, stays
 from testbed.metrics.levels import levels
+from testbed.metrics.loops import capacities, is_front, loops_of
 from testbed.metrics.records import Records
 from testbed.metrics.window import Window
 from testbed.ports import Stage
@@ -159,7 +159,7 @@ def aggregates(
     samples = latency_samples(records, window)
     outside = {**_rates(records, window, slo), **_latencies(samples, percentiles), **_send_delays(records, window)}
     inside = _request_times(records, window) | _device(records, meta, window) | _memory(records, meta, window)
-    inside |= _loop(records, window)
+    inside |= _loop(records, meta, window)
     return outside | (inside if seen_inside(records) else dict.fromkeys(inside, NAN))
 
 
@@ -236,7 +236,7 @@ def _request_times(records: Records, window: Window) -> dict[str, float]:
 
 
 def _device(records: Records, meta: Mapping[str, Any], window: Window) -> dict[str, float]:
-    devices = [device_time(records, window, int(replica)) for replica in replicas(records)]
+    devices = [device_time(records, window, loop) for loop in loops_of(records, meta)]
     available = window.duration_ns * len(devices)
     share = {
         cause: 100 * sum(device.total_ns(cause) for device in devices) / available if available else NAN
@@ -261,28 +261,29 @@ def _device(records: Records, meta: Mapping[str, Any], window: Window) -> dict[s
 
 
 def _memory(records: Records, meta: Mapping[str, Any], window: Window) -> dict[str, float]:
-    capacity = float(meta.get("kv_tokens") or NAN)
-    steps = _in_window(records, window)
+    steps, loops = _in_window(records, window), loops_of(records, meta)
+    capacity = capacities(records, meta)[steps]
     free = floats(records.steps, "free_tokens")[steps]
     evictable = floats(records.steps, "evictable_tokens")[steps]
     owned = 100 * (capacity - free - evictable) / capacity
-    states = [levels(records, meta, int(replica)) for replica in replicas(records)]
-    available = capacity * window.duration_ns * len(states)
+    states = [levels(records, loop) for loop in loops]
+    available = sum(loop.kv_tokens for loop in loops) * window.duration_ns
+    evicted = ints(records.steps, "evicted_tokens")[steps & is_front(records, meta)]
 
     def mean(column: str) -> float:
         area = sum(float((state.values[column] * state.held_ns(*window)).sum()) for state in states)
         return 100 * area / available if len(owned) and available else NAN
 
     return {
-        "kv_tokens": int(capacity) if capacity == capacity else NAN,
+        "kv_tokens": int(loops[0].kv_tokens) or NAN,
         "kv_use_mean_percent": mean("owned_tokens"),
         "kv_use_peak_percent": float(owned.max()) if len(owned) else NAN,
         "kv_cached_mean_percent": mean("evictable_tokens"),
-        "evicted_tokens": int(ints(records.steps, "evicted_tokens")[steps].sum()),
+        "evicted_tokens": int(evicted.sum()),
     }
 
 
-def _loop(records: Records, window: Window) -> dict[str, float]:
+def _loop(records: Records, meta: Mapping[str, Any], window: Window) -> dict[str, float]:
     chosen = _in_window(records, window)
     steps = {name: ints(records.steps, name)[chosen] for name in ("rows", "extra_rows", "new_tokens", "decode_rows")}
     host = ints(records.spans, "lane") == HOST_LANE
@@ -291,7 +292,7 @@ def _loop(records: Records, window: Window) -> dict[str, float]:
     by_stage = np.bincount(ints(records.spans, "name")[host], weights=took, minlength=len(Stage))
     number = int(chosen.sum())
     working = by_stage.sum() - by_stage[Stage.WAIT]
-    available = window.duration_ns * len(replicas(records))
+    available = window.duration_ns * len(loops_of(records, meta))
     found = {
         "steps": number,
         "mean_batch_size": float(steps["rows"].mean()) if number else NAN,

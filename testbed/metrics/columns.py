@@ -38,20 +38,6 @@ def seen_inside(records: Records) -> bool:
     return rows(records.steps) > 0 or rows(records.requests) == 0
 
 
-def replicas(records: Records) -> Ints:
-    """The replicas that appear in a run, ascending; ``[0]`` for a run without steps and requests."""
-    seen = np.unique(np.concatenate([ints(records.requests, "replica"), ints(records.steps, "replica")]))
-    seen = seen[seen >= 0]
-    return seen if len(seen) else np.zeros(1, np.int64)
-
-
-def served_by(records: Records, replica: int) -> Bools:
-    """The requests that ``replica`` works for: bool [requests]. Those that it answers; all, where it answers none and
-    works behind others: a later stage of a pipeline, or the other half of prefill and decode."""
-    own = ints(records.requests, "replica") == replica
-    return own if own.any() else np.ones(len(own), dtype=np.bool_)
-
-
 def completed(records: Records) -> Bools:
     """Requests that ended as they should (``length`` or ``stop``): bool [requests]."""
     return _ended(records, FinishReason.LENGTH, FinishReason.STOP)

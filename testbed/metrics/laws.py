@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from testbed.metrics.columns import Bools, Ints, ints, replicas, served_by
+from testbed.metrics.columns import Bools, Ints, ints
+from testbed.metrics.loops import ALONE, Loop, loops_of
 from testbed.metrics.records import Records
 from testbed.metrics.window import Window, run_end_ns, unfinished_until
 from testbed.request import NEVER
@@ -148,15 +149,15 @@ class DeviceTime(NamedTuple):
         return before[index] - late
 
 
-def device_time(records: Records, window: Window, replica: int = 0) -> DeviceTime:
-    """Split the window of one device's time by cause; busy + bubbles = window, to the nanosecond.
+def device_time(records: Records, window: Window, loop: Loop = ALONE) -> DeviceTime:
+    """Split the window of the time of one loop's device by cause; busy + bubbles = window, to the nanosecond.
 
     Where a transfer is under way and requests are in the system, an idle device counts as waiting for the transfer.
     """
-    here = served_by(records, replica)
+    here = loop.serves(records)
     arrival, finish = (side[here] for side in stays(records)["system"])
-    steps = ints(records.steps, "replica") == replica
-    links = (ints(records.spans, "lane") == LINK_LANE) & (ints(records.spans, "replica") == replica)
+    steps = ints(records.steps, "replica") == loop.number
+    links = (ints(records.spans, "lane") == LINK_LANE) & (ints(records.spans, "replica") == loop.number)
     busy = merged(ints(records.steps, "start_ns")[steps], ints(records.steps, "end_ns")[steps])
     live = merged(arrival, finish)
     moving = merged(ints(records.spans, "begin_ns")[links], ints(records.spans, "end_ns")[links])
@@ -190,12 +191,12 @@ def violations(records: Records) -> list[str]:
     if left.any():
         found.append(f"timing closure: {int((left != 0).sum())} requests, largest residue {int(np.abs(left).max())} ns")
     window = Window(0, run_end_ns(records))
-    for replica in replicas(records):
-        law = utilisation(records, int(replica))
+    for loop in loops_of(records, {}):
+        law = utilisation(records, loop.number)
         if not law.holds:
-            found.append(f"utilisation of replica {replica}: service {law.service_ns} ns, busy {law.busy_ns} ns")
-        split = device_time(records, window, int(replica))
+            found.append(f"utilisation of {loop.name}: service {law.service_ns} ns, busy {law.busy_ns} ns")
+        split = device_time(records, window, loop)
         total = sum(split.total_ns(cause) for cause in Cause)
         if total != window.duration_ns:
-            found.append(f"device time of replica {replica}: parts {total} ns, window {window.duration_ns} ns")
+            found.append(f"device time of {loop.name}: parts {total} ns, window {window.duration_ns} ns")
     return found

@@ -6,20 +6,20 @@ engine runs nothing, queues nothing, and its requests own no memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from testbed.metrics.columns import Floats, Ints, floats, ints, served_by
+from testbed.metrics.columns import Floats, Ints, floats, ints
 from testbed.metrics.laws import merged, stays
+from testbed.metrics.loops import Loop
 from testbed.metrics.records import Records
 
 COLUMNS = ("running", "waiting", "rows")
 
 
 class Levels(NamedTuple):
-    """A replica's state as step functions: each value stands from its time to the next one's, the last one on."""
+    """A loop's state as step functions: each value stands from its time to the next one's, the last one on."""
 
     since_ns: Ints
     """int64 [changes], ascending."""
@@ -33,14 +33,14 @@ class Levels(NamedTuple):
         return np.asarray(np.diff(cuts), dtype=np.int64)
 
 
-def levels(records: Records, meta: Mapping[str, Any], replica: int) -> Levels:
-    """The state of ``replica`` at each launch and wherever its last request leaves.
+def levels(records: Records, loop: Loop) -> Levels:
+    """The state of ``loop`` at each launch and wherever its last request leaves.
 
     What requests owned is then cached, in a run that caches prefixes (one in which anything ever was evictable), and
-    free in another. Where ``meta`` has no ``kv_tokens``, the most that was ever free or cached stands for it.
+    free in another. Where its capacity is not known, the most that was ever free or cached stands for it.
     """
-    steps = ints(records.steps, "replica") == replica
-    here = served_by(records, replica)
+    steps = ints(records.steps, "replica") == loop.number
+    here = loop.serves(records)
     left = merged(*(side[here] for side in stays(records)["system"]))[1]
     launch = ints(records.steps, "launch_ns")[steps]
     since = np.concatenate([launch, left])
@@ -54,7 +54,7 @@ def levels(records: Records, meta: Mapping[str, Any], replica: int) -> Levels:
         return floats(records.steps, column).compress(steps)
 
     free, evictable = at_launch("free_tokens"), at_launch("evictable_tokens")
-    capacity = float(meta.get("kv_tokens") or (free + evictable).max(initial=0))
+    capacity = float(loop.kv_tokens or (free + evictable).max(initial=0))
     before = last < 0
     values = {name: np.where(idle, 0.0, _taken(at_launch(name), last)) for name in COLUMNS}
     free_now, cached_now = (_taken(column, last) for column in (free, evictable))

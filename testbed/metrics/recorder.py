@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from testbed.batch import Batch, StepResult
 from testbed.metrics.journal import Journal
+from testbed.metrics.laws import DEVICE_LANE, HOST_LANE, LINK_LANE, merged
 from testbed.metrics.records import REQUEST_COLUMNS, Column, Records
 from testbed.request import ADVANCES, NEVER, Request
 
@@ -26,7 +27,6 @@ _REQUEST_FIELDS = (
     *("prompt_tokens", "cached_tokens", "output_tokens", "max_new_tokens", "retractions"),
     *("prefill_ns", "decode_ns", "retracted_ns", "transfer_ns"),
 )
-DEVICE_LANE = 1
 NO_TIMES = np.empty(0, np.int64)
 
 
@@ -60,6 +60,7 @@ class Recorder:
         self._spans = array("q")
         self.span = self._spans.extend
         """``span((stage, step, begin_ns, end_ns))``: a host span (the array's own method: it is called often)."""
+        self._transfers: list[tuple[int, int]] = []
         self._ended: dict[str, _Ended] = {}
 
     def count(self, name: str, by: int = 1) -> None:
@@ -110,6 +111,10 @@ class Recorder:
         """Many host spans: int64 [..., 4] of (stage, step, begin_ns, end_ns)."""
         self._spans.frombytes(spans.tobytes())
 
+    def received(self, begin_ns: int, end_ns: int) -> None:
+        """KV has been on its way to this loop's device. Of transfers that overlap, one span is kept."""
+        self._transfers.append((begin_ns, end_ns))
+
     def ended(self, request: Request, outputs: int, sent_ns: int) -> None:
         """A request's end was sent. Only figures are kept: the request and its tokens can go."""
         if not self.keeps_requests:
@@ -151,14 +156,15 @@ class Recorder:
         return columns
 
     def _span_columns(self, steps: dict[str, Any]) -> dict[str, Column]:
-        """Host spans as they happened, then the device's, one a step."""
+        """Host spans as they happened, then the device's, one a step, then when keys and values came from elsewhere."""
         table = np.frombuffer(self._spans, dtype=np.int64).reshape(-1, len(_SPAN_FIELDS))
         device = (steps["mode"], steps["step"], steps["start_ns"], steps["end_ns"])
+        begin, end = merged(*np.array(self._transfers, dtype=np.int64).reshape(-1, 2).T)
+        links = (np.zeros(len(begin), dtype=np.int64), np.full(len(begin), NEVER, dtype=np.int64), begin, end)
         columns: dict[str, Column] = {
-            name: np.concatenate([table[:, i], device[i]]) for i, name in enumerate(_SPAN_FIELDS)
+            name: np.concatenate([table[:, i], device[i], links[i]]) for i, name in enumerate(_SPAN_FIELDS)
         }
-        lane = np.zeros(len(columns["name"]), dtype=np.int64)
-        lane[len(table) :] = DEVICE_LANE
+        lane = np.repeat([HOST_LANE, DEVICE_LANE, LINK_LANE], [len(table), len(device[0]), len(begin)])
         return {"lane": lane, **columns, "replica": np.full(len(lane), self.replica, dtype=np.int64)}
 
     def _pieces(self, rid: str) -> list[NDArray[np.int64]]:

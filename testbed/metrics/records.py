@@ -76,9 +76,9 @@ STEP_COLUMNS = {
 }
 
 SPAN_COLUMNS = {
-    "lane": "0 host thread, 1 device",
+    "lane": "0 host thread, 1 device, 2 KV transfer to the device",
     "name": "host: Stage (0 receive .. 8 finish); device: ForwardMode (1 extend, 2 decode, 3 mixed)",
-    "step": "index of the launch the span belongs to",
+    "step": "index of the launch the span belongs to; -1 for a transfer",
     "begin_ns": "",
     "end_ns": "",
     "replica": "",

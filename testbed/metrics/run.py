@@ -20,6 +20,7 @@ from testbed.metrics.aggregate import Sample, SloMark
 from testbed.metrics.bootstrap import RESAMPLES
 from testbed.metrics.columns import Floats, Ints, floats, ints, request_latencies, token_gaps
 from testbed.metrics.laws import merged
+from testbed.metrics.loops import capacities
 from testbed.metrics.records import Records
 from testbed.metrics.table import result_table
 from testbed.metrics.window import EmptyWindow, Window, measure_window
@@ -41,9 +42,10 @@ class Run:
 
     ``meta`` says what the records cannot. Keys that are read here, all optional: ``label`` (simulated, paced, real,
     bench), ``model``, ``server`` (its address), ``device``, ``host`` (names of the profiles), ``kv_tokens`` (KV
-    capacity of one replica), ``peak_flops`` and ``peak_bytes_per_s`` (of one replica), ``notes`` (list of str: what is
-    guessed or unmeasured), ``interrupted`` (somebody ended the run before its workload had), and ``provenance``, a dict
-    of its own for what differs between equal runs (command, versions, date, machine).
+    capacity of the first loop), ``loops`` (of a run of several: see ``testbed.metrics.loops.Loop``), ``peak_flops`` and
+    ``peak_bytes_per_s`` (of one device), ``notes`` (list of str: what is guessed or unmeasured), ``interrupted``
+    (somebody ended the run before its workload had), and ``provenance``, a dict of its own for what differs between
+    equal runs (command, versions, date, machine).
     """
 
     scenario: dict[str, Any]
@@ -100,7 +102,7 @@ class Run:
                 "tokens": ints(table, "new_tokens") + ints(table, "decode_rows"),
                 "start_delay_ns": start - ints(table, "launch_ns"),
                 "idle_before_ns": np.maximum(idle, 0),
-                "owned_tokens": float(self.meta.get("kv_tokens") or np.nan) - held,
+                "owned_tokens": capacities(self.records, self.meta) - held,
             }
         )
 

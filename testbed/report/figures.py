@@ -12,9 +12,10 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
 from testbed.batch import ForwardMode
 from testbed.metrics.aggregate import LATENCIES, slo_limits
-from testbed.metrics.columns import NS_PER_MS, NS_PER_S, Floats, Ints, completed, ints, replicas
+from testbed.metrics.columns import NS_PER_MS, NS_PER_S, Floats, Ints, completed, ints
 from testbed.metrics.comparison import Figure as Compared
 from testbed.metrics.laws import HOST_LANE, Cause, presence, stays
+from testbed.metrics.loops import is_front, loops_of
 from testbed.metrics.run import Run
 from testbed.ports import Stage
 from testbed.report import style
@@ -28,8 +29,8 @@ CAUSES = {
 }
 PARTS = {
     "queue_ns": ("queue", style.QUIET),
-    "transfer_ns": ("transfer", style.PURPLE),
     "prefill_ns": ("prefill", style.ORANGE),
+    "transfer_ns": ("transfer", style.PURPLE),
     "decode_ns": ("decode", style.BLUE),
     "retracted_ns": ("retracted", style.RED),
 }
@@ -115,7 +116,8 @@ def batch_timeline(run: Run) -> Figure:
 def _token_rates(run: Run, bins: Bins, column: str) -> dict[str, Floats]:
     """Tokens a second of a step column by forward mode, without the modes that had none: float64 [bins] each."""
     steps = run.records.steps
-    mode, tokens, start = ints(steps, "mode"), ints(steps, column), ints(steps, "start_ns")
+    mode, start = ints(steps, "mode"), ints(steps, "start_ns")
+    tokens = ints(steps, column) * is_front(run.records, run.meta)
     rates = {which.name.lower(): bins.sums(start, tokens * (mode == which)) / bins.width_s for which in ForwardMode}
     return {name: values for name, values in rates.items() if values.any()}
 
@@ -160,9 +162,9 @@ def kv_timeline(run: Run) -> Figure:
 
 
 def _draw_kv(axes: Axes, run: Run) -> float:
-    """Draw the KV cache; returns the capacity of all replicas in tokens, 0 where it is not known."""
+    """Draw the KV cache; returns the capacity of all engines in tokens, 0 where it is not known."""
     bins = time_bins(run.records)
-    capacity = float(run.meta.get("kv_tokens") or 0) * len(replicas(run.records))
+    capacity = sum(loop.kv_tokens for loop in loops_of(run.records, run.meta) if not loop.stage)
     names = {"owned": "owned_tokens", "cached": "evictable_tokens"} if capacity else {
         "cached": "evictable_tokens", "free": "free_tokens"}  # fmt: skip
     scale = 100 / capacity if capacity else 1.0

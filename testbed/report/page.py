@@ -290,10 +290,15 @@ def _run_facts(run: Run, name: str) -> dict[str, Any]:
         "requests": len(run.records.requests["id"]),
         **({"decision digest": run.decision_digest} if run.records.decisions else {}),
     }
-    engine = run.scenario.get("engine") or {}
+    engine, loops = run.scenario.get("engine") or {}, run.meta.get("loops") or []
     chosen = {"loop": run.meta.get("loop") or engine.get("loop")}
     chosen |= {key: engine.get(key) for key in ("batching", "policy")}
     how = [f"{key} {value}" for key, value in chosen.items() if value and "server" not in run.meta]
+    if loops:
+        facts["loops"] = ", ".join(loop["name"] for loop in loops)
+        how.append(f"{len(loops)} loops")
+        if engine["parallel"]["dp"] > 1:
+            how.append(f"routing {run.scenario['routing']['policy']}")
     provenance = {key: plain(value) for key, value in run.meta.get("provenance", {}).items()}
     return {
         "name": name,

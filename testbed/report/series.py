@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from testbed.metrics.columns import NS_PER_S, Floats, Ints, replicas
+from testbed.metrics.columns import NS_PER_S, Floats, Ints
 from testbed.metrics.laws import Cause, device_time
 from testbed.metrics.levels import levels
+from testbed.metrics.loops import loops_of
 from testbed.metrics.records import Records
 from testbed.metrics.run import Run
 from testbed.metrics.window import Window, run_end_ns
@@ -64,16 +65,16 @@ def held_mean(bins: Bins, since_ns: Ints, values: Floats) -> Floats:
 
 
 def level_mean(run: Run, bins: Bins, column: str) -> Floats:
-    """Time-weighted mean by bin of a column of ``testbed.metrics.levels``, summed over replicas: float64 [bins]."""
-    states = [levels(run.records, run.meta, int(one)) for one in replicas(run.records)]
+    """Time-weighted mean by bin of a column of ``testbed.metrics.levels``, summed over engines: float64 [bins]."""
+    states = [levels(run.records, loop) for loop in loops_of(run.records, run.meta) if not loop.stage]
     parts = [held_mean(bins, state.since_ns, state.values[column]) for state in states]
     return np.asarray(np.sum(parts, axis=0), dtype=np.float64)
 
 
 def cause_shares(run: Run, bins: Bins) -> dict[Cause, Floats]:
-    """Percent of device time by cause in each bin, over all replicas: float64 [bins] each."""
+    """Percent of device time by cause in each bin, over all devices: float64 [bins] each."""
     window = Window(0, run_end_ns(run.records))
-    devices = [device_time(run.records, window, int(one)) for one in replicas(run.records)]
+    devices = [device_time(run.records, window, loop) for loop in loops_of(run.records, run.meta)]
     available = np.diff(bins.edges_ns) * len(devices)
     return {
         cause: 100 * sum(np.diff(device.covered_ns(cause, bins.edges_ns)) for device in devices) / available

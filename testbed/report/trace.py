@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from testbed.batch import ForwardMode
-from testbed.metrics.columns import NS_PER_S, ints, replicas, seen_inside
+from testbed.metrics.columns import NS_PER_S, ints, seen_inside
 from testbed.metrics.laws import DEVICE_LANE, HOST_LANE, LINK_LANE
 from testbed.metrics.levels import levels
+from testbed.metrics.loops import loops_of
 from testbed.metrics.run import Run
 from testbed.metrics.window import run_end_ns
 from testbed.ports import Stage
@@ -102,14 +103,16 @@ def default_window(run: Run) -> tuple[int, int]:
 def _spans(run: Run, begin: int, end: int) -> Iterator[Slice]:
     spans, steps = run.records.spans, run.records.steps
     args = _step_args(steps)
+    names = {loop.number: loop.name for loop in loops_of(run.records, run.meta)}
     inside = np.flatnonzero((ints(spans, "begin_ns") < end) & (ints(spans, "end_ns") > begin))
     inside = inside[np.argsort(ints(spans, "begin_ns")[inside], kind="stable")]
     columns = (ints(spans, name)[inside].tolist() for name in ("lane", "name", "step", "begin_ns", "end_ns", "replica"))
     for lane, name, step, since, until, replica in zip(*columns, strict=True):
         at = (replica, step)
-        where = f"replica {replica}: {_LANES.get(lane, f'lane {lane}')}"
+        where = f"{names[replica]}: {_LANES.get(lane, f'lane {lane}')}"
         flow = _flow(replica, step) if lane == DEVICE_LANE or (lane == HOST_LANE and name == Stage.LAUNCH) else 0
-        own = args.get(at, {"step": step}) if flow else {"step": step}
+        known = {} if lane == LINK_LANE else {"step": step}
+        own = args.get(at, known) if flow else known
         yield Slice(where, _name(lane, name), since, until, own, flow)
 
 
@@ -161,13 +164,13 @@ def _counters(run: Run, begin: int, end: int) -> Iterator[Count]:
     known |= {"free_tokens": "KV free (tokens)", "evictable_tokens": "KV cached (tokens)"}
     if run.meta.get("kv_tokens"):
         known["owned_tokens"] = "KV owned (tokens)"
-    for replica in replicas(run.records).tolist():
-        state = levels(run.records, run.meta, replica)
+    for loop in loops_of(run.records, run.meta):
+        state = levels(run.records, loop)
         mine = (state.since_ns >= begin) & (state.since_ns < end)
         times = state.since_ns[mine].tolist()
         for column, label in known.items():
             for at, value in zip(times, state.values[column][mine].tolist(), strict=True):
-                yield Count(f"replica {replica}: {label}", at, value)
+                yield Count(f"{loop.name}: {label}", at, value)
 
 
 def _perfetto(run: Run, slices: list[Slice], counts: list[Count]) -> bytes:

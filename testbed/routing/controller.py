@@ -64,7 +64,7 @@ class Controller:
         self._policy = policy
         self._hears_ends = hears_ends
         self._replicas: dict[int, Replica] = {}
-        self._taking: list[Replica] = []
+        self._taking: tuple[Replica, ...] = ()
         self._open: dict[str, _Open] = {}
         self._questions: list[_Question] = []
         self._next_index = 0
@@ -162,7 +162,7 @@ class Controller:
         replica = Replica(self._next_index)
         self._next_index += 1
         self._replicas[replica.index] = replica
-        self._taking = [*self._taking, replica]
+        self._taking = (*self._taking, replica)
         return replica.index
 
     def drain(self, replica: int) -> None:
@@ -195,7 +195,7 @@ class Controller:
         return self._replicas[replica]
 
     def _stop_sending(self, replica: Replica) -> None:
-        rest = [other for other in self._taking if other is not replica]
+        rest = tuple(other for other in self._taking if other is not replica)
         if not rest:
             raise InputError(f"replica {replica.index} is the last", where="replica", remedy="add another one first")
         replica.draining = True

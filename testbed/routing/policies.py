@@ -13,8 +13,7 @@ from typing import Protocol
 from testbed.messages import GenerateRequest
 from testbed.routing.prefix_tree import PrefixTree
 from testbed.routing.replica import Replica
-from testbed.scenario.errors import InputError
-from testbed.scenario.plugins import is_plugin, load_callable, own_faults
+from testbed.scenario.plugins import is_plugin, load_object
 from testbed.scenario.routing import Routing
 from testbed.workload.draw import Uniforms, values
 
@@ -26,7 +25,7 @@ class RoutingPolicy(Protocol):
     """Chooses a replica for each request, in order of their arrival."""
 
     def choose(self, request: GenerateRequest, replicas: Sequence[Replica]) -> int:
-        """The ``index`` of one of ``replicas``: those that take requests, by index, one at least. The list is the same
+        """The ``index`` of one of ``replicas``: those that take requests, by index, one at least. It is the same
         object until a replica comes or goes."""
         ...
 
@@ -137,11 +136,8 @@ class CacheAware:
 def build_policy(config: Routing, *, seed: int, vocab_size: int, base_dir: Path) -> RoutingPolicy:
     """The policy that ``config`` names. Raises InputError for a user's own that cannot be made or has no ``choose``."""
     if is_plugin(config.policy):
-        with own_faults():
-            own: RoutingPolicy = load_callable(config.policy, base_dir, where="routing.policy")()
-        if not callable(getattr(own, "choose", None)):
-            remedy = "give it def choose(self, request, replicas), which returns the index of one of them"
-            raise InputError(f"{config.policy} has no method 'choose'", where="routing.policy", remedy=remedy)
+        takes = ("request", "replicas")
+        own: RoutingPolicy = load_object(config.policy, base_dir, where="routing.policy", method="choose", takes=takes)
         return own
     policies: dict[str, RoutingPolicy] = {
         "round_robin": RoundRobin(),

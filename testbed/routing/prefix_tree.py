@@ -43,6 +43,8 @@ class PrefixTree:
         self._leaves: dict[int, list[tuple[int, int, Node]]] = {}
         """By replica, a heap of (when sent, serial, node). A node is offered when it becomes a leaf of the replica's;
         what has changed since is found when the entry comes up."""
+        self._offered: dict[int, set[Node]] = {}
+        """By replica, the nodes in its heap: each is there once."""
         self._serial = 0
 
     def match(self, tokens: Ints, extra_key: str = "") -> tuple[int, list[int]]:
@@ -96,11 +98,13 @@ class PrefixTree:
                     del node.children[child.key]
         self.sizes.pop(replica, None)
         self._leaves.pop(replica, None)
+        self._offered.pop(replica, None)
 
     def _evict(self, replica: int) -> None:
-        leaves = self._leaves[replica]
+        leaves, in_heap = self._leaves[replica], self._offered[replica]
         while self.sizes[replica] > self.max_tokens:
             offered, _, node = heappop(leaves)
+            in_heap.remove(node)
             sent = node.holders.get(replica)
             if sent is None:
                 continue
@@ -120,6 +124,10 @@ class PrefixTree:
             self._offer(parent, replica)
 
     def _offer(self, leaf: Node, replica: int) -> None:
+        in_heap = self._offered.setdefault(replica, set())
+        if leaf in in_heap:
+            return
+        in_heap.add(leaf)
         self._serial += 1
         heappush(self._leaves.setdefault(replica, []), (leaf.holders[replica], self._serial, leaf))
 

@@ -111,8 +111,16 @@ class _Transfer:
 class Links:
     """All links of a deployment."""
 
-    def __init__(self, world: Timeline, spec: LinkSpec, faults: Faults | None = None) -> None:
+    def __init__(
+        self,
+        world: Timeline,
+        spec: LinkSpec,
+        faults: Faults | None = None,
+        note_transfer: Callable[[str, int, int], None] = lambda destination, begin_ns, end_ns: None,
+    ) -> None:
+        """``note_transfer``: is told of all KV that has left: where to, when it began to, and when it comes (ns)."""
         self._world = world
+        self._note_transfer = note_transfer
         self._spec = spec
         self._faults = faults or ScriptedFaults()
         self._inboxes: dict[str, Callable[[Message], None]] = {}
@@ -173,9 +181,13 @@ class Links:
         if fault.corrupt and isinstance(message, KvChunk):
             message = replace(message, **{fault.corrupt: int(getattr(message, fault.corrupt)) ^ 1})
         delay_ns = self._spec.latency_ns + (0 if copy else fault.delay_ns)
+        begin_ns = self._now_ns
 
         def arrive() -> None:
-            self._world.at(self._now_ns + delay_ns, lambda: self._deliver(source, destination, message, fault))
+            end_ns = self._now_ns + delay_ns
+            self._world.at(end_ns, lambda: self._deliver(source, destination, message, fault))
+            if size_bytes:
+                self._note_transfer(destination, begin_ns, end_ns)
 
         if not size_bytes:
             arrive()

@@ -16,6 +16,8 @@ def _stored(number: int) -> int:
 
 PositiveInt = Annotated[int, Field(gt=0), AfterValidator(_stored)]
 NonNegativeInt = Annotated[int, Field(ge=0), AfterValidator(_stored)]
+Loops = Annotated[int, Field(gt=0, le=1024)]
+"""How many of something that has a loop, a scheduler and memory of its own."""
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PluginPath = Annotated[str, Field(pattern=r"^[\w./-]+:\w+$", description="package.module:name | path/to/file.py:name")]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from testbed.scenario.experts import Experts
+from testbed.scenario.routing import Routing
 from testbed.scenario.schema import EngineConfig, Scenario
 from testbed.scenario.yaml_reader import FieldPath
 
@@ -28,7 +29,7 @@ def find_problems(scenario: Scenario, written: Mapping[str, Any]) -> tuple[list[
         *_parallel_conflicts(engine),
         *_measure_conflicts(scenario),
     ]
-    return errors, list(_without_effect(engine, written.get("engine", {})))
+    return errors, list(_without_effect(scenario, written))
 
 
 def _loop_conflicts(engine: EngineConfig) -> Iterator[Problem]:
@@ -60,7 +61,7 @@ def _disaggregation_conflicts(scenario: Scenario) -> Iterator[Problem]:
             message = f"{count} {what} do not go with disaggregation"
             yield Problem(("engine", "parallel", name), message, f"use {name}: 1; disaggregation counts its engines")
     if engine.parallel.stage_layers is not None:
-        message = "disaggregation splits layers evenly over the stages of its prefill engines"
+        message = "does not go with disaggregation, whose stages have as even layers as it goes"
         yield Problem(("engine", "parallel", "stage_layers"), message, "leave it out")
     if engine.batching != "prefill_first":
         message = f"batching {engine.batching} mixes what disaggregation keeps apart"
@@ -146,8 +147,15 @@ def _measure_conflicts(scenario: Scenario) -> Iterator[Problem]:
                 yield Problem(path, f"{statistic} is no percentile between 0 and 100", "use for example p50 or p99")
 
 
-def _without_effect(engine: EngineConfig, written: Mapping[str, Any]) -> Iterator[Problem]:
+def _without_effect(scenario: Scenario, written: Mapping[str, Any]) -> Iterator[Problem]:
     """Warnings: the scenario runs, but a field does not do what its name promises."""
+    engine = scenario.engine
+    if scenario.routing != Routing():
+        if scenario.disaggregation is not None:
+            message = "has no effect with disaggregation: pairs of engines are taken at random"
+            yield Problem(("routing",), message, "leave it out")
+        elif engine.parallel.dp == 1:
+            yield Problem(("routing",), "has no effect with one replica", "add parallel: {dp: ...}, or leave it out")
     if engine.policy in ("lpm", "dfs_weight") and engine.prefix_cache != "radix":
         yield Problem(
             ("engine", "policy"),
@@ -167,5 +175,5 @@ def _without_effect(engine: EngineConfig, written: Mapping[str, Any]) -> Iterato
     if engine.parallel.ep == 1 and engine.experts != Experts():
         message = "has no effect with ep: 1: every device has a share of every expert"
         yield Problem(("engine", "experts"), message, "add parallel: {ep: ...}, or leave it out")
-    if engine.kv_tokens is not None and "mem_fraction_static" in written and engine.preset == "none":
+    if engine.kv_tokens is not None and "mem_fraction_static" in written.get("engine", {}) and engine.preset == "none":
         yield Problem(("engine", "mem_fraction_static"), "has no effect beside kv_tokens", "leave one of the two out")

@@ -6,9 +6,13 @@ from typing import Annotated
 
 from pydantic import Field
 
-from testbed.scenario.base import Model, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from testbed.scenario.base import Loops, Model, NonNegativeInt, PositiveInt
 
-Bandwidth = Annotated[float, Field(ge=1e-6, allow_inf_nan=False)]
+Bandwidth = Annotated[float, Field(ge=1e-3, le=1e9)]
+"""Each of many thousand transfers still gets a share of the slowest link."""
+Seconds = Annotated[float, Field(gt=0, le=1e9)]
+Microseconds = Annotated[float, Field(ge=0, le=1e15)]
+"""Times up to thirty years: 64 bits of nanoseconds hold nine of them."""
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -17,7 +21,7 @@ class Link(Model):
 
     gb_per_s: Bandwidth | None = None
     """Of each engine, each way; None: the device's network, once for each device of ``parallel.tp``."""
-    latency_us: NonNegativeFloat = 10.0
+    latency_us: Microseconds = 10.0
     """Of every message between engines (a guess: RDMA and the work of two processes)."""
     shared_gb_per_s: Bandwidth | None = None
     """Of a link that every transfer passes; None: there is none."""
@@ -25,23 +29,23 @@ class Link(Model):
     duplicate: Probability = 0.0
     corrupt: Probability = 0.0
     """Of a message: that it is lost, comes twice, or has a bit flipped."""
-    jitter_us: NonNegativeFloat = 0.0
+    jitter_us: Microseconds = 0.0
     """Messages are late by a time that is uniform from 0 to this."""
 
 
 class Disaggregation(Model):
     """How many engines prefill and decode, and on which terms; each has ``engine`` with its ``parallel.tp`` devices."""
 
-    prefill: PositiveInt = 1
-    decode: PositiveInt = 1
+    prefill: Loops = 1
+    decode: Loops = 1
     prefill_stages: PositiveInt = 1
     """Pipeline stages of each prefill engine, with ``parallel.tp`` devices each."""
     link: Link = Link()
-    bootstrap_timeout_s: PositiveFloat = 300.0
+    bootstrap_timeout_s: Seconds = 300.0
     """A request ends when the other half has not answered for so long (SGLang's 300 s)."""
-    transfer_timeout_s: PositiveFloat = 300.0
+    transfer_timeout_s: Seconds = 300.0
     """And when its KV has not come by then."""
     reserved_decode_tokens: NonNegativeInt = 512
     """Tokens that a decode engine keeps free for each of its requests (SGLang's ``num_reserved_decode_tokens``)."""
-    host_gb_per_s: PositiveFloat = 25.0
+    host_gb_per_s: Bandwidth = 25.0
     """Between a decode device and its host's memory, where the KV of retracted requests waits."""

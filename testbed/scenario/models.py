@@ -118,6 +118,12 @@ class ModelSpec:
         count = self.layers if layers is None else layers
         return 2 * count * self.kv_heads_per_gpu(tp) * self.head_dim * DTYPE_BYTES[dtype]
 
+    def check_stages(self, stages: int, where: str) -> None:
+        """Raise InputError unless each of so many pipeline stages, which the field ``where`` names, has a layer."""
+        if stages > self.layers:
+            message = f"{self.name} has {self.layers} layers, fewer than {stages} stages"
+            raise InputError(message, where=where, remedy=f"use at most {self.layers}")
+
     def check_parallel(self, tp: int, ep: int = 1) -> None:
         """Raise InputError unless a stage's layers split evenly over this many devices."""
         where = "engine.parallel"

@@ -56,6 +56,23 @@ def load_callable(name: str, base_dir: str | Path = ".", *, where: str, takes: t
     Raises InputError when it cannot be called, or not with these arguments.
     """
     part = load_plugin(name, base_dir, where=where)
+    _check_callable(part, name, where, takes)
+    return part
+
+
+def load_object(name: str, base_dir: str | Path = ".", *, where: str, method: str, takes: tuple[str, ...]) -> Any:
+    """What the class ``name`` makes when it is called without arguments: an object that has ``method``, which is called
+    with the arguments ``takes``. Raises InputError when one of the two cannot be called so."""
+    with own_faults():
+        own = load_callable(name, base_dir, where=where)()
+    if not callable(getattr(own, method, None)):
+        remedy = f"give it def {method}({', '.join(('self', *takes))})"
+        raise InputError(f"{name} has no method {method!r}", where=where, remedy=remedy)
+    _check_callable(getattr(own, method), f"{name}.{method}", where, takes)
+    return own
+
+
+def _check_callable(part: Any, name: str, where: str, takes: tuple[str, ...]) -> None:
     form = f"({', '.join(takes)})" if takes else "without arguments"
     if not callable(part):
         raise InputError(f"{name} is {part!r}, which cannot be called", where=where, remedy=f"it is called {form}")
@@ -66,7 +83,6 @@ def load_callable(name: str, base_dir: str | Path = ".", *, where: str, takes: t
         raise InputError(message, where=where, remedy="see docs/extending.md for its form") from None
     except ValueError:  # a callable that does not tell its signature
         pass
-    return part
 
 
 def load_coroutine(name: str, base_dir: str | Path = ".", *, where: str, takes: tuple[str, ...] = ()) -> Any:

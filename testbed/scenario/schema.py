@@ -9,7 +9,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from testbed.scenario.base import Model, NonNegativeFloat, NonNegativeInt, PluginPath, PositiveFloat, PositiveInt
+from testbed.scenario.base import (
+    Loops,
+    Model,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PluginPath,
+    PositiveFloat,
+    PositiveInt,
+)
 from testbed.scenario.disaggregation import Disaggregation
 from testbed.scenario.experts import Experts
 from testbed.scenario.routing import Routing
@@ -50,7 +58,7 @@ class Parallel(Model):
 
     tp: PositiveInt = 1
     pp: PositiveInt = 1
-    dp: PositiveInt = 1
+    dp: Loops = 1
     ep: PositiveInt = 1
     stage_layers: tuple[PositiveInt, ...] | None = None
     """Layers of each pipeline stage; None: as even as it goes, the first stages hold the remainder."""

@@ -193,9 +193,9 @@ class _Builder:
         except (YAMLError, ValueError, TypeError, OverflowError):
             value = None if node.value == "" else node.value
         if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(
-                f"{dotted(path)}: {node.value} is not a finite number", where=place, remedy="write a finite number"
-            )
+            named = f"{dotted(path)}: " if path else ""  # nameless: the value of a --set
+            message = f"{named}{node.value} is not a finite number"
+            raise InputError(message, where=place, remedy="write a finite number")
         if isinstance(value, float) and value.is_integer() and "." not in node.value:
             return int(value)  # 60e6 is a whole number to whoever writes it
         return value if value is None or isinstance(value, (str, bool, int, float)) else str(node.value)

@@ -4,6 +4,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from testbed import simulate
 from testbed.metrics.laws import Cause
 from testbed.metrics.run import Run
 from testbed.ports import Stage
@@ -131,6 +132,22 @@ def test_the_header_names_what_scheduled(make_run, tmp_path):
     run.meta["loop"] = "overlap"
     _, words, _ = read(write_report(run, tmp_path))
     assert "loop overlap · batching mixed_chunk · policy lpm" in words
+
+
+@pytest.mark.parametrize(
+    ("fields", "header", "loops"),
+    [
+        ({"engine": {"parallel": {"dp": 2}}}, "2 loops · routing round_robin", "replica 0, replica 1"),
+        ({"engine": {"parallel": {"pp": 2}}}, "policy fcfs · 2 loops", "replica 0 stage 0, replica 0 stage 1"),
+        ({"disaggregation": {"decode": 2}}, "policy fcfs · 3 loops", "prefill 0, decode 0, decode 1"),
+    ],
+)
+def test_the_header_counts_loops_and_the_facts_name_them(fields, header, loops, tmp_path):
+    lengths = {"prompt_tokens": 10, "output_tokens": 2}
+    workload = {"arrivals": {"kind": "all_at_once"}, "lengths": lengths, "count": 2}
+    _, words, _ = read(write_report(simulate({"model": "llama-3.1-8b", "workload": workload, **fields}), tmp_path))
+    assert header in words and loops in words
+    assert ("routing" in words.partition("Summary")[0]) == ("routing" in header)
 
 
 @pytest.mark.parametrize("requests", [1, 3])

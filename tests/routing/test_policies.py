@@ -216,6 +216,15 @@ class Fails:
 class Speechless:
     pass
 
+class Deaf:
+    def choose(self, request):
+        return 0
+
+class Clears:
+    def choose(self, request, replicas):
+        replicas.clear()
+        return 0
+
 def not_a_policy(what):
     return what
 """
@@ -237,12 +246,14 @@ def test_own_policy(own: Callable[[str], RoutingPolicy]) -> None:
 
 
 def test_own_policy_that_is_wrong(own: Callable[[str], RoutingPolicy]) -> None:
-    for name in ("Speechless", "not_a_policy", "missing"):
+    for name in ("Speechless", "Deaf", "not_a_policy", "missing"):
         with pytest.raises(InputError) as refused:
             own(name)
         assert refused.value.where == "routing.policy" and refused.value.remedy
     with pytest.raises(InputError, match="99"):
         Controller(2, own("Nobody")).submit(request("r", [1]))
+    with pytest.raises(InputError, match="clear"), own_faults():
+        Controller(2, own("Clears")).submit(request("r", [1]))
     with pytest.raises(InputError, match="no_such_thing"), own_faults():
         Controller(2, own("Fails")).submit(request("r", [1]))
 

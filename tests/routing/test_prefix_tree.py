@@ -132,3 +132,13 @@ def test_a_tree_that_forgets_by_first_use_is_found(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(PrefixTree, "_evict", evict)
     with pytest.raises(AssertionError):
         forgets_in_order(inserts, 6)
+
+
+def test_leaves_are_offered_once() -> None:
+    """A prompt larger than what is remembered leaves its beginning a leaf, again and again."""
+    tree = PrefixTree(10)
+    tree.insert(np.array([7] * 8, np.int32), 0)
+    for number in range(200):
+        tree.insert(np.array([7] * 8 + [number] * 4, np.int32), 0)
+    assert tree.sizes == {0: 8}
+    assert len(tree._leaves[0]) == 1

@@ -171,8 +171,18 @@ class TestWarnings:
         (warning,) = load_scenario(with_engine(**engine)).warnings
         assert words in warning
 
+    @pytest.mark.parametrize(
+        ("fields", "words"),
+        [({}, "with one replica"), ({"disaggregation": {"prefill": 2}}, "with disaggregation: pairs")],
+    )
+    def test_routing_where_nobody_is_chosen(self, fields: dict[str, Any], words: str) -> None:
+        (warning,) = load_scenario({**MINIMAL, "routing": {"policy": "cache_aware"}, **fields}).warnings
+        assert words in warning
+
     def test_silent_when_all_is_well(self) -> None:
         assert load_scenario(with_engine(policy="lpm", kv_tokens=1600, page_size=16)).warnings == ()
+        replicas = {"engine": {"parallel": {"dp": 2}}, "routing": {"policy": "cache_aware"}}
+        assert load_scenario({**MINIMAL, **replicas}).warnings == ()
 
 
 class TestLocated:
