@@ -340,7 +340,8 @@ def _loop_facts(engine: Engine) -> dict[str, Any]:
     """See ``Loop``. Who has the requests of a prefill engine's answered is chosen for each of them."""
     place = engine.place
     answers = ANY if place.role == "prefill" else place.number - place.stage
-    return {"name": place.name, "kv_tokens": engine.kv_tokens, "stage": place.stage, "answers": answers}
+    facts = {"name": place.name, "kv_tokens": engine.kv_tokens, "stage": place.stage, "answers": answers}
+    return facts | ({"role": place.role} if place.role != "null" else {})
 
 
 def _meta(engines: Sequence[Engine], label: str, info: DeviceInfo | None) -> dict[str, Any]:
@@ -350,7 +351,7 @@ def _meta(engines: Sequence[Engine], label: str, info: DeviceInfo | None) -> dic
     guesses = [f"guess: {what}" for what in engine.host.guesses()] if label == "simulated" else []
     meta: dict[str, Any] = {
         "label": label,
-        "loop": engine.loop_name,
+        "loop": ", ".join(dict.fromkeys(one.loop_name for one in engines)),
         "model": engine.model.name,
         "device": info.name if info else engine.device.name if engine.device is not None else "constant",
         "host": engine.host.name if label == "simulated" else scenario.host_inject or "this machine",

@@ -119,11 +119,11 @@ class Cause(IntEnum):
 
     BUSY = 0
     HOST = 1
-    """Requests are in the system, the device waits for the host loop."""
+    """There is something to do, and the device waits for the host loop."""
     TRANSFER = 2
-    """Requests are in the system and a KV transfer is under way."""
+    """There is something to do and a KV transfer is under way."""
     NO_WORK = 3
-    """No request is in the system."""
+    """There is nothing to do: see ``at_work``."""
 
 
 class DeviceTime(NamedTuple):
@@ -149,17 +149,29 @@ class DeviceTime(NamedTuple):
         return before[index] - late
 
 
-def device_time(records: Records, window: Window, loop: Loop = ALONE) -> DeviceTime:
-    """Split the window of the time of one loop's device by cause; busy + bubbles = window, to the nanosecond.
+def at_work(records: Records, loop: Loop) -> tuple[Ints, Ints]:
+    """When there was anything to do for each request that ``loop`` serves: begin and end, int64 [served each].
 
-    Where a transfer is under way and requests are in the system, an idle device counts as waiting for the transfer.
+    Where prefill and decode are apart, a request is the one's until its KV is on its way, and the other's from then on.
     """
     here = loop.serves(records)
     arrival, finish = (side[here] for side in stays(records)["system"])
+    if loop.role == "null":
+        return arrival, finish
+    first, transfer = (ints(records.requests, name)[here] for name in ("first_token_ns", "transfer_ns"))
+    handed_on = np.where(first == NEVER, finish, first - transfer)
+    return (arrival, handed_on) if loop.role == "prefill" else (handed_on, finish)
+
+
+def device_time(records: Records, window: Window, loop: Loop = ALONE) -> DeviceTime:
+    """Split the window of the time of one loop's device by cause; busy + bubbles = window, to the nanosecond.
+
+    Where a transfer is under way and there is anything to do, an idle device counts as waiting for the transfer.
+    """
     steps = ints(records.steps, "replica") == loop.number
     links = (ints(records.spans, "lane") == LINK_LANE) & (ints(records.spans, "replica") == loop.number)
     busy = merged(ints(records.steps, "start_ns")[steps], ints(records.steps, "end_ns")[steps])
-    live = merged(arrival, finish)
+    live = merged(*at_work(records, loop))
     moving = merged(ints(records.spans, "begin_ns")[links], ints(records.spans, "end_ns")[links])
 
     cuts = np.concatenate([*busy, *live, *moving, [window.start_ns, window.end_ns]])

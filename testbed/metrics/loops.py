@@ -27,6 +27,8 @@ class Loop(NamedTuple):
     answers: int = ANY
     """The loop that answers the requests that this one works for: itself, the first stage of its pipeline, or ``ANY``
     for a prefill engine, whose requests are answered elsewhere."""
+    role: str = "null"
+    """``prefill`` or ``decode`` where they are apart."""
 
     def serves(self, records: Records) -> Bools:
         """The requests that it works for: bool [requests]."""

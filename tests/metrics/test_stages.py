@@ -92,9 +92,30 @@ def test_a_failure_at_a_prefill_engine_is_not_all_of_its_work() -> None:
     assert {0, 1} == set(run.requests["replica"])
     window = Window(0, run_end_ns(run.records))
     prefill = loops_of(run.records, run.meta)[0]
-    present = merged(run.requests["arrival_ns"].to_numpy(), run.requests["finish_ns"].to_numpy())
+    requests = run.requests
+    handed_on = (requests["first_token_ns"] - requests["transfer_ns"]).where(
+        requests["replica"] == 1, requests["finish_ns"]
+    )
+    present = merged(requests["arrival_ns"].to_numpy(), handed_on.to_numpy())
     without = device_time(run.records, window, prefill).total_ns(Cause.NO_WORK)
     assert without == pytest.approx(window.duration_ns - (present[1] - present[0]).sum(), abs=1e7)
+
+
+def test_devices_that_have_nothing_to_prefill_or_to_decode_wait_for_nobody() -> None:
+    """One request at a time: while it decodes, its prefill engine has no work, and the other way round."""
+    lengths = {"prompt_tokens": 1000, "output_tokens": 200}
+    workload = {"arrivals": {"kind": "constant", "rate_per_s": 0.25}, "lengths": lengths, "count": 3}
+    apart = {"engine": {"loop": "normal"}, "disaggregation": {"link": {"gb_per_s": 50}}}  # no extra step at an end
+    run = simulate({**PAIR, "workload": workload, **apart})
+    window = Window(0, run_end_ns(run.records))
+    prefill, decode = (device_time(run.records, window, loop) for loop in loops_of(run.records, run.meta))
+    requests = run.requests
+    decoding = int((requests["finish_ns"] - requests["first_token_ns"]).sum())
+    prefilling = int((requests["first_token_ns"] - requests["transfer_ns"] - requests["arrival_ns"]).sum())
+    transferring = int(requests["transfer_ns"].sum())
+    assert prefill.total_ns(Cause.NO_WORK) == pytest.approx(window.duration_ns - prefilling, abs=1e5)
+    assert decode.total_ns(Cause.NO_WORK) == pytest.approx(window.duration_ns - decoding - transferring, abs=1e5)
+    assert min(prefilling, decoding) > 1e6
 
 
 def test_a_decode_engine_waits_for_transfers() -> None:
