@@ -125,6 +125,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_device(folder: Path) -> None:
         command.wait_for(SOME_FINISHED)
         worker = command.worker()
         os.kill(worker, signal.SIGSTOP)
+        time.sleep(0.5)  # until what it had sent is processed, and its next result waited for
         command.interrupt()
         time.sleep(0.5)  # or the two would be one
         assert command.is_running
