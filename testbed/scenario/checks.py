@@ -23,7 +23,7 @@ def find_problems(scenario: Scenario, written: Mapping[str, Any]) -> tuple[list[
     """Errors and warnings. ``written`` is the data as the user wrote it, completed by the engine preset."""
     engine = scenario.engine
     errors = [
-        *_loop_conflicts(engine),
+        *_loop_conflicts(scenario),
         *_disaggregation_conflicts(scenario),
         *_engine_conflicts(engine),
         *_parallel_conflicts(engine),
@@ -32,9 +32,11 @@ def find_problems(scenario: Scenario, written: Mapping[str, Any]) -> tuple[list[
     return errors, list(_without_effect(scenario, written))
 
 
-def _loop_conflicts(engine: EngineConfig) -> Iterator[Problem]:
+def _loop_conflicts(scenario: Scenario) -> Iterator[Problem]:
     """Which loops go with how many stages (specification A.0)."""
-    stages, loop = engine.parallel.pp, engine.loop
+    stages, loop = scenario.engine.parallel.pp, scenario.engine.loop
+    if scenario.disaggregation is not None:
+        return  # its engines have loops of their own
     if stages > 1 and loop in ("normal", "overlap", "overlap_thread", "overlap_suspended"):
         yield Problem(
             ("engine", "loop"),
@@ -56,10 +58,11 @@ def _disaggregation_conflicts(scenario: Scenario) -> Iterator[Problem]:
     if engine.loop not in ("auto", "normal", "overlap"):
         message = f"the {engine.loop} loop is none of a prefill or a decode engine"
         yield Problem(("engine", "loop"), message, "use auto, normal or overlap, or leave disaggregation out")
-    for name, what in (("pp", "pipeline stages"), ("dp", "replicas")):
+    counted = (("pp", "pipeline stages", "prefill_stages counts them"), ("dp", "replicas", "prefill and .decode count engines"))
+    for name, what, instead in counted:
         if (count := getattr(engine.parallel, name)) > 1:
             message = f"{count} {what} do not go with disaggregation"
-            yield Problem(("engine", "parallel", name), message, f"use {name}: 1; disaggregation counts its engines")
+            yield Problem(("engine", "parallel", name), message, f"use {name}: 1; disaggregation.{instead}")
     if engine.parallel.stage_layers is not None:
         message = "does not go with disaggregation, whose stages have as even layers as it goes"
         yield Problem(("engine", "parallel", "stage_layers"), message, "leave it out")
