@@ -58,7 +58,10 @@ def _disaggregation_conflicts(scenario: Scenario) -> Iterator[Problem]:
     if engine.loop not in ("auto", "normal", "overlap"):
         message = f"the {engine.loop} loop is none of a prefill or a decode engine"
         yield Problem(("engine", "loop"), message, "use auto, normal or overlap, or leave disaggregation out")
-    counted = (("pp", "pipeline stages", "prefill_stages counts them"), ("dp", "replicas", "prefill and .decode count engines"))
+    counted = (
+        ("pp", "pipeline stages", "prefill_stages counts them"),
+        ("dp", "replicas", "prefill and .decode count engines"),
+    )
     for name, what, instead in counted:
         if (count := getattr(engine.parallel, name)) > 1:
             message = f"{count} {what} do not go with disaggregation"
