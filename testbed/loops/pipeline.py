@@ -112,7 +112,7 @@ class PipelineStage(LoopContext):
     def nothing_to_do(self) -> bool:
         """Whether only a message can bring something to do: then every stage has applied every result, because each
         has an empty turn of all micro-batches behind it."""
-        return self.is_first and not (self.scheduler.can_build_batch or self.scheduler.in_flight)
+        return self.is_first and not (self.scheduler.in_flight or self.scheduler.can_build_batch)
 
     def turn_to(self, m: int) -> Launched | None:
         """From here on it is micro-batch ``m``: the result of its last turn, and its next. Returns what is launched."""

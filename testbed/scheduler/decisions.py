@@ -7,8 +7,9 @@ Format (version 1; all little-endian; ``docs/decision_log.md`` documents the fie
               prefills x (u32 request, u32 prefix_tokens, u32 new_tokens),
               [decodes x u32 request, unless flags & SAME_ROWS], retracted x u32 request, pages x i32 page
 
-A request is its rank: the order in which the scheduler received it. SAME_ROWS: the decode rows are those of the last
-step that had decodes. Pages are those newly allocated, in row order. Times are not decisions and are not here.
+A request is its rank: the order in which the scheduler received it. flags: SAME_ROWS + 2 * the micro-batch of the
+decodes (its lower seven bits). SAME_ROWS: the decode rows are those of the last step with the same such bits. Pages are
+those newly allocated, in row order. Times are not decisions and are not here.
 """
 
 from __future__ import annotations
@@ -37,17 +38,19 @@ class DecisionLog:
 
     def __init__(self) -> None:
         self._data = bytearray(HEADER)
-        self._rows: Sequence[Request] | None = None
-        self._ranks: dict[int, tuple[Sequence[Request], bytes]] = {}
-        """The last rows of each micro-batch, and how they are logged: micro-batches take turns."""
+        self._rows: dict[int, Sequence[Request]] = {}
+        """The last decode rows, by the flags with which they are logged: micro-batches take turns."""
         self.last = b""
         """What is logged of the last batch."""
 
     def append(self, batch: Batch) -> None:
         """Log a batch at its launch."""
         prefills, retracted, pages, rows = batch.prefills, batch.retracted, batch.pages, batch.shape.decodes
-        # The running batch replaces its list when rows change.
-        flags, logged_rows = (SAME_ROWS, b"") if batch.decodes is self._rows else (0, self._logged_rows(batch))
+        flags, logged_rows = (batch.advance // ADVANCES & 127) << 1, b""
+        if batch.decodes is self._rows.get(flags):  # the running batch replaces its list when rows change
+            flags |= SAME_ROWS
+        elif rows:
+            self._rows[flags], logged_rows = batch.decodes, batch.ranks.astype("<u4").tobytes()
         if prefills or retracted or len(pages) != 1:
             count, evicted = sum(map(len, pages)), batch.evicted_tokens
             logged = _STEP.pack(batch.mode, flags, len(prefills), rows, len(retracted), count, evicted)
@@ -60,16 +63,6 @@ class DecisionLog:
             logged += logged_rows + pages[0].tobytes()
         self.last = logged
         self._data += logged
-
-    def _logged_rows(self, batch: Batch) -> bytes:
-        if not batch.decodes:
-            return b""
-        self._rows = batch.decodes
-        micro_batch = batch.advance // ADVANCES
-        known = self._ranks.get(micro_batch)
-        if known is None or known[0] is not batch.decodes:
-            known = self._ranks[micro_batch] = batch.decodes, batch.ranks.astype("<u4").tobytes()
-        return known[1]
 
     def append_decodes(self, rows: int, pages: list[NDArray[np.int32]]) -> None:
         """Log decode steps of the same rows as the last one, by their new pages."""
@@ -128,7 +121,8 @@ def read_decisions(log: bytes) -> Iterator[Decision]:
         raise ValueError("not a decision log (it does not begin with TBDL)")
     if (version := int.from_bytes(log[4:6], "little")) != VERSION:
         raise ValueError(f"decision log version {version}; this program reads version {VERSION}")
-    at, rows = len(HEADER), []
+    at = len(HEADER)
+    known: dict[int, list[int]] = {}
 
     def take(count: int) -> list[int]:
         nonlocal at
@@ -144,10 +138,11 @@ def read_decisions(log: bytes) -> Iterator[Decision]:
         at += _STEP.size
         parts = take(3 * prefills)
         if decodes and not flags & SAME_ROWS:
-            rows = take(decodes)
+            known[flags >> 1] = take(decodes)
+        rows = known.get(flags >> 1, []) if decodes else []
         victims = take(retracted)
         triples = [(parts[i], parts[i + 1], parts[i + 2]) for i in range(0, len(parts), 3)]
-        yield Decision(ForwardMode(mode), triples, rows if decodes else [], victims, take(pages), evicted)
+        yield Decision(ForwardMode(mode), triples, rows, victims, take(pages), evicted)
 
 
 def decision_at(log: bytes, step: int) -> Decision | None:
