@@ -107,11 +107,16 @@ def options(model: Path, **changes: object) -> EngineOptions:
 def test_no_process_is_left_by_a_broken_model(model: Path, tmp_path: Path) -> None:
     shutil.copytree(model, tmp_path / MODEL)
     reweighted(lambda tensors: tensors.pop(NORM))(tmp_path / MODEL)
+    before = children()
     with pytest.raises(InputError, match=f"no tensor is called {NORM}") as told:
         ProcessDevice(options(tmp_path / MODEL))
     assert told.value.remedy == "are config.json and weights of one model?"
-    children = Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()
-    assert not any(is_alive(int(child)) for child in children)
+    assert not any(is_alive(child) for child in children() - before)
+
+
+def children() -> set[int]:
+    """Processes that this thread has started, for whichever test."""
+    return set(map(int, Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()))
 
 
 def worker_of(device: object) -> int:
