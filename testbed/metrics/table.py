@@ -108,8 +108,9 @@ def percent(fraction: float) -> str:
 
 
 def percent_more(ratio: float) -> str:
-    """A ratio as percent above or below the whole; '' where undefined."""
-    return "" if math.isnan(ratio) else f"{100 * (ratio - 1):+.1f} %"
+    """A ratio as percent above or below the whole; '' where undefined, or over a whole so small (a hundredth) that only
+    the difference says anything."""
+    return "" if math.isnan(ratio) or abs(ratio) > 100 else f"{100 * (ratio - 1):+.1f} %"
 
 
 _OVERALL = (

@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 
 from testbed.metrics.records import REQUEST_COLUMNS, SPAN_COLUMNS, STEP_COLUMNS, Records
 from testbed.metrics.run import Run
+from testbed.metrics.table import percent_more
 from testbed.scenario.errors import InputError
 
 MS = 1_000_000
@@ -220,3 +222,8 @@ def test_aborted_tokens_are_not_throughput(run):
     lost = Run(run.scenario, other, run.meta).aggregates()
     assert lost["failed"] == 1
     assert run.aggregates()["total_output_tokens"] - lost["total_output_tokens"] == len(run.token_times(0))
+
+
+def test_what_was_hardly_there_before_is_not_told_in_percent() -> None:
+    assert percent_more(1.5) == "+50.0 %" and percent_more(0.25) == "-75.0 %"
+    assert percent_more(math.nan) == percent_more(56_849.0) == ""
