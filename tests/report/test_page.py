@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from testbed import simulate
+from testbed.metrics.comparison import differences
 from testbed.metrics.laws import Cause
 from testbed.metrics.run import Run
 from testbed.ports import Stage
@@ -107,6 +108,13 @@ def test_several_runs_become_a_comparison(make_run, tmp_path):
     assert {"compare_bars.svg", "compare_cdf.svg", "device_2.png"} <= {p.name for p in (tmp_path / "figures").iterdir()}
 
     assert {"load_1.svg", "load_2.png"} <= {p.name for p in (tmp_path / "figures").iterdir()}
+
+
+def test_a_difference_that_has_no_percentage_has_no_brackets(make_run, tmp_path):
+    runs = [make_run(100, host_us=us) for us in (1, 1500)]
+    figures = {figure.metric: figure for figure in differences(runs) if not figure.is_baseline}
+    assert figures["bubble_host_percent"].ratio > 100
+    assert "()" not in read(write_report(runs, tmp_path))[1]
 
 
 def test_a_comparison_links_to_the_runs_own_reports(make_run, tmp_path):
